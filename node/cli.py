@@ -1,0 +1,107 @@
+"""Command line of the node: swarm-node, or python -m node."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from node.config import PRECISIONS, NodeConfig
+from swarm.errors import SwarmError
+from swarm.flags import (
+    BlocksType,
+    announce_option,
+    config_option,
+    configure_logging,
+    initial_peers_option,
+    listen_option,
+    log_level_option,
+)
+
+MIB = 2**20
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Host a part of a language model for a shardswarm."""
+
+
+@cli.command(context_settings={"auto_envvar_prefix": "SHARDSWARM_NODE", "show_default": True})
+@config_option
+@click.option("--model", required=True, help="Alias (smollm2-135m), hub id, directory or GGUF file.")
+@initial_peers_option(required=False)
+@click.option("--blocks", type=BlocksType(), help="Blocks to host. Default: those that the swarm serves worst.")
+@click.option(
+    "--num-blocks", type=int, help="How many blocks to host when --blocks is not given. Default: what fits the memory."
+)
+@listen_option
+@announce_option
+@click.option("--relay", "use_relay", is_flag=True, help="Be reachable through the initial peers (behind NAT).")
+@click.option(
+    "--identity",
+    type=click.Path(path_type=Path),
+    help="File with this node's key; made if missing. Default: a new one each time.",
+)
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", help="What the blocks compute in.")
+@click.option("--threads", type=int, help="Threads for computing. Default: measured at start.")
+@click.option("--cache-mib", type=int, default=512, help="Budget for the KV caches of all sessions.")
+@click.option(
+    "--max-memory-mib",
+    type=int,
+    help="Weights and caches together, when choosing blocks. Default: 60 % of what is free.",
+)
+@click.option("--max-sessions", type=int, default=64)
+@click.option("--max-sessions-per-peer", type=int, default=16)
+@click.option(
+    "--session-idle",
+    "session_idle_s",
+    type=int,
+    default=300,
+    metavar="SECONDS",
+    help="Close sessions that are silent for so long.",
+)
+@click.option("--join-timeout", "join_timeout_s", type=float, default=15.0, metavar="SECONDS")
+@click.option(
+    "--drain-timeout",
+    "drain_timeout_s",
+    type=float,
+    default=10.0,
+    metavar="SECONDS",
+    help="After SIGTERM let sessions finish for so long.",
+)
+@click.option(
+    "--record-lifetime",
+    "record_lifetime_s",
+    type=float,
+    default=60.0,
+    metavar="SECONDS",
+    help="How long others believe in this node after its last word.",
+)
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where converted models are kept.")
+@log_level_option
+def run(log_level: str, cache_mib: int, max_memory_mib: int | None, **flags: Any) -> None:
+    """Join a swarm and serve blocks of a model until SIGTERM (or Ctrl-C).
+
+    Prints "READY {json}" on stdout when it can serve.
+    """
+    try:
+        config = NodeConfig(
+            cache_bytes=cache_mib * MIB,
+            max_memory_bytes=None if max_memory_mib is None else max_memory_mib * MIB,
+            **flags,
+        )
+    except SwarmError as error:
+        raise click.UsageError(str(error)) from error
+    configure_logging(log_level)
+    # Spinning OpenMP threads of several processes on the same cores slow each other down by an order of magnitude.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from node.runtime import run_node
+
+    sys.exit(run_node(config))
+
+
+def main() -> None:
+    cli(prog_name="swarm-node")

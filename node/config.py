@@ -1,0 +1,71 @@
+"""NodeConfig: everything a node can be told, checked once at start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarm.errors import UserError
+from swarm.span import Span
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeConfig:
+    """One node process. Made by node.cli from flags, environment, file and defaults, in this order of precedence."""
+
+    model: str
+    """Alias, hub id, directory or GGUF file."""
+    initial_peers: tuple[str, ...] = ()
+    """Multiaddrs ending in /p2p/<peer id>; empty: a new swarm."""
+    blocks: Span | None = None
+    """What to host. None: the span that is served worst, as large as memory allows."""
+    num_blocks: int | None = None
+    """How many blocks to host when `blocks` is None. None: as many as fit max_memory_bytes."""
+    listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
+    announce: tuple[str, ...] = ()
+    use_relay: bool = False
+    identity: Path | None = None
+    precision: str = "fp32"
+    device: str = "cpu"
+    threads: int | None = None
+    """Threads of the device. None: measured at start."""
+    cache_bytes: int = 512 * 2**20
+    """Budget for the KV caches of all sessions together."""
+    max_memory_bytes: int | None = None
+    """Weights and caches together, when the node chooses its span. None: 60 % of the memory that is free at start."""
+    max_sessions: int = 64
+    max_sessions_per_peer: int = 16
+    max_waiting_steps: int = 128
+    """Steps that may wait for the device; more are refused."""
+    session_idle_s: int = 300
+    """A session without a step for so long is closed and its cache freed."""
+    join_timeout_s: float = 15.0
+    drain_timeout_s: float = 10.0
+    """After SIGTERM running sessions get this long to finish."""
+    record_lifetime_s: float = 60.0
+    """How long others believe in us after our last word; renewed every third of it."""
+    cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        positive = {
+            "--cache-mib": self.cache_bytes,
+            "--max-sessions": self.max_sessions,
+            "--max-sessions-per-peer": self.max_sessions_per_peer,
+            "--session-idle": self.session_idle_s,
+            "--join-timeout": self.join_timeout_s,
+            "--threads": 1 if self.threads is None else self.threads,
+            "--num-blocks": 1 if self.num_blocks is None else self.num_blocks,
+        }
+        for flag, value in positive.items():
+            if value <= 0:
+                raise UserError(f"{flag} must be positive, got {value}")
+        if not 3 <= self.record_lifetime_s <= 300:
+            raise UserError(f"--record-lifetime must be 3 to 300 seconds, got {self.record_lifetime_s}")
+        if self.blocks is not None and self.num_blocks is not None and len(self.blocks) != self.num_blocks:
+            raise UserError(
+                f"--blocks {self.blocks} and --num-blocks {self.num_blocks} contradict each other; give one of them"
+            )

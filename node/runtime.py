@@ -1,0 +1,242 @@
+"""Runtime: the life of a node, top to bottom. Read this first."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import psutil
+
+from node.announcer import Announcer
+from node.config import NodeConfig
+from node.executor import Executor
+from node.kv_cache import SessionLimits, SessionTable
+from node.placement import block_rates, blocks_that_fit, choose_span, must_yield
+from node.service import NodeService
+from node.shard import DTYPES, Shard, load_shard
+from node.throughput import Throughput, measure_throughput
+from swarm.checkpoint import Checkpoint, open_checkpoint
+from swarm.errors import SwarmError, UserError
+from swarm.messages import NODE_PROTOCOL, PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
+from swarm.p2p.directory import Directory
+from swarm.p2p.host import Host, HostConfig, running_host, strip_peer_id
+from swarm.records import MAX_ADDRESSES, ShardRecord, ShardState
+from swarm.span import Span
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_CHOICES_BEFORE_GIVING_UP = 5
+
+
+class Node:
+    """One node process."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self.config = config
+        self._executor = Executor(config.max_waiting_steps)
+        self._started_at = time.time()
+
+    async def run(self) -> None:
+        """Join, load, serve until SIGTERM or SIGINT, leave. Raises SwarmError with a line for the user."""
+        config = self.config
+        started = time.monotonic()
+        async with contextlib.AsyncExitStack() as stack:
+            stop = _stop_on_signals(stack)
+            stack.callback(self._executor.close)
+            host = await stack.enter_async_context(running_host(_host_config(config)))
+            directory = await Directory.join(
+                host, list(config.initial_peers), serves=True, timeout_s=config.join_timeout_s
+            )
+            stack.push_async_callback(directory.close)
+
+            checkpoint = await self._open_checkpoint(directory)
+            announcer = await self._claim_span(host, directory, checkpoint)
+            shard, throughput = await self._load(checkpoint, announcer.record.span)
+            sessions = SessionTable(self._session_limits(), shard.cache_bytes_per_token)
+            service = NodeService(shard, checkpoint.name, self._executor, sessions)
+            await host.serve(NODE_PROTOCOL, service.handle)
+
+            await announcer.announce(
+                state=ShardState.ONLINE,
+                block_digests=shard.block_digests,
+                decode_s_per_block=throughput.decode_s_per_block,
+                prefill_tokens_per_s=throughput.prefill_tokens_per_s,
+            )
+            _print_ready(await host.addresses(), announcer.record, throughput, time.monotonic() - started)
+            await self._serve_until(stop, host, announcer)
+
+            log.info("leaving")
+            await announcer.leave()
+            await service.drain(config.drain_timeout_s)
+
+    async def _open_checkpoint(self, directory: Directory) -> Checkpoint:
+        """The checkpoint to serve. An alias resolves first to what the swarm serves under that name."""
+        served = await directory.find_name(self.config.model)
+        sources = sorted({record.source for record in served if record.state == ShardState.ONLINE})
+        return await self._on_device(
+            lambda: open_checkpoint(self.config.model, prefer_sources=sources, cache_dir=self.config.cache_dir)
+        )
+
+    async def _claim_span(self, host: Host, directory: Directory, checkpoint: Checkpoint) -> Announcer:
+        """Choose the span (if not told) and announce JOINING for it; choose again if another joiner took the same one first."""
+        spec = await self._on_device(lambda: checkpoint.spec)
+        addresses = tuple(map(strip_peer_id, await host.addresses()))[:MAX_ADDRESSES]
+        for _ in range(_CHOICES_BEFORE_GIVING_UP):
+            others = [
+                r for r in await directory.find_blocks(spec.digest, range(spec.num_blocks)) if r.peer_id != host.peer_id
+            ]
+            span = self.config.blocks or self._choose(checkpoint, others)
+            if span.end > spec.num_blocks:
+                raise UserError(
+                    f"blocks {span} do not exist: {checkpoint.name} has {spec.num_blocks} blocks (0:{spec.num_blocks})"
+                )
+            record = ShardRecord(
+                peer_id=host.peer_id,
+                model_name=checkpoint.name,
+                source=checkpoint.source[:200],
+                model_digest=spec.digest,
+                num_blocks=spec.num_blocks,
+                span=span,
+                block_digests=(),
+                numeric_class=self.config.precision,
+                state=ShardState.JOINING,
+                started_at=self._started_at,
+                expires_at=time.time() + self.config.record_lifetime_s,
+                addresses=addresses,
+                protocol_major=PROTOCOL_MAJOR,
+                protocol_minor=PROTOCOL_MINOR,
+                software=SOFTWARE,
+            )
+            announcer = Announcer(directory, record, self.config.record_lifetime_s)
+            await announcer.announce()
+            if self.config.blocks is not None:
+                break
+            rivals = [r for r in await directory.find_blocks(spec.digest, span) if r.peer_id != host.peer_id]
+            if not must_yield(record, rivals):
+                break
+            log.info("span taken by another joiner span=%s", span)
+        return announcer
+
+    def _choose(self, checkpoint: Checkpoint, others: list[ShardRecord]) -> Span:
+        num_blocks = checkpoint.num_blocks
+        length = self.config.num_blocks
+        if length is None:
+            budget = self.config.max_memory_bytes or int(0.6 * psutil.virtual_memory().available)
+            sizes = [
+                checkpoint.block_bytes(Span(b, b + 1), DTYPES[self.config.precision].itemsize)
+                for b in range(num_blocks)
+            ]
+            length = blocks_that_fit(sizes, budget - self.config.cache_bytes)
+            if length == 0:
+                raise UserError(
+                    f"not one block of {checkpoint.name} ({max(sizes) / 2**20:.0f} MiB) fits into {budget / 2**20:.0f} MiB beside "
+                    f"{self.config.cache_bytes / 2**20:.0f} MiB of cache; raise --max-memory-mib or lower --cache-mib"
+                )
+        if length > num_blocks:
+            raise UserError(f"--num-blocks {length}: {checkpoint.name} has {num_blocks} blocks")
+        return choose_span(block_rates(others, num_blocks), length)
+
+    async def _load(self, checkpoint: Checkpoint, span: Span) -> tuple[Shard, Throughput]:
+        log.info("loading model=%s span=%s source=%s", checkpoint.name, span, checkpoint.source)
+        config = self.config
+
+        def load() -> tuple[Shard, Throughput]:
+            shard = load_shard(checkpoint, span, precision=config.precision, device=config.device)
+            return shard, measure_throughput(shard.model, config.threads)
+
+        return await self._on_device(load)
+
+    async def _serve_until(self, stop: asyncio.Event, host: Host, announcer: Announcer) -> None:
+        """Keep the record alive until a signal comes. Raises UserError if p2pd dies, for nothing works without it."""
+        stopped = asyncio.create_task(stop.wait())
+        p2pd_died = asyncio.create_task(host.wait_until_dead())
+        renewal = asyncio.create_task(announcer.keep_alive())
+        tasks = [stopped, p2pd_died, renewal]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if p2pd_died.done():
+                raise UserError("the network daemon (p2pd) of this node died; start the node again")
+            if renewal.done():
+                renewal.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    def _session_limits(self) -> SessionLimits:
+        config = self.config
+        return SessionLimits(
+            cache_bytes=config.cache_bytes,
+            max_sessions=config.max_sessions,
+            max_sessions_per_peer=config.max_sessions_per_peer,
+            idle_s=config.session_idle_s,
+        )
+
+    async def _on_device(self, function: Callable[[], T]) -> T:
+        return (await self._executor.run(function)).value
+
+
+def _host_config(config: NodeConfig) -> HostConfig:
+    return HostConfig(
+        listen=config.listen,
+        announce=config.announce,
+        identity_path=config.identity,
+        use_relay=config.use_relay,
+        max_streams_per_peer=config.max_sessions_per_peer + 8,
+    )
+
+
+def _stop_on_signals(stack: contextlib.AsyncExitStack) -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set; a second one ends the process at once."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def on_signal(number: signal.Signals) -> None:
+        if stop.is_set():
+            raise SystemExit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+        stack.callback(loop.remove_signal_handler, number)
+    return stop
+
+
+def _print_ready(addresses: list[str], record: ShardRecord, throughput: Throughput, ready_s: float) -> None:
+    """One machine-readable line on stdout for whoever started us."""
+    ready = {
+        "peer_id": record.peer_id,
+        "addresses": addresses,
+        "model": record.model_name,
+        "source": record.source,
+        "span": str(record.span),
+        "numeric_class": record.numeric_class,
+        "threads": throughput.threads,
+        "decode_ms_per_block": round(1000 * throughput.decode_s_per_block, 3),
+        "prefill_tokens_per_s": round(throughput.prefill_tokens_per_s, 1),
+        "ready_s": round(ready_s, 2),
+        "pid": os.getpid(),
+    }
+    print("READY " + json.dumps(ready), flush=True)
+
+
+def run_node(config: NodeConfig) -> int:
+    """Run a node to its end. The exit code: 0 after SIGTERM, 1 after an error (said in one line on stderr)."""
+    import uvloop
+
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(Node(config).run())
+    except SwarmError as error:
+        print(f"swarm-node: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,254 @@
+"""Service: answers the streams that peers open to this node. One stream carries at most one session.
+
+Whatever a peer sends, the answer is a reply or a refusal; the node's other sessions do not notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import torch
+from torch import Tensor
+
+from node.executor import Executor
+from node.kv_cache import Session, SessionTable
+from node.shard import Shard
+from protos import node_pb2
+from swarm.errors import BadRequest, SwarmError
+from swarm.messages import (
+    PROTOCOL_MAJOR,
+    Refused,
+    decode_message,
+    encode_message,
+    own_version,
+    refusal_of,
+    versions_meet,
+)
+from swarm.p2p.framing import FramedStream
+from swarm.span import Span
+from swarm.tensors import FLOATING, Buffer, TensorLimits
+
+log = logging.getLogger(__name__)
+
+MAX_STEP_BYTES = 16 * 2**20
+MAX_STEP_TOKENS = 512
+OPEN_TIMEOUT_S = 10.0
+MAX_REFUSALS_PER_STREAM = 32
+
+
+class NodeService:
+    """Handles streams of the protocol "shardswarm/node"."""
+
+    def __init__(self, shard: Shard, model_name: str, executor: Executor, sessions: SessionTable) -> None:
+        self._shard = shard
+        self._model_name = model_name
+        self._executor = executor
+        self.sessions = sessions
+        self.num_steps = 0
+
+    async def handle(self, stream: FramedStream) -> None:
+        """Serve one stream until the peer ends it, it breaks, its session expires or the peer sends too much nonsense."""
+        session: Session | None = None
+        refusals = 0
+        try:
+            while refusals < MAX_REFUSALS_PER_STREAM:
+                message = await self._next_message(stream, session)
+                if message is None:
+                    return
+                try:
+                    request, tensors = decode_message(message, node_pb2.Request)
+                    kind = request.WhichOneof("kind")
+                    if kind == "open":
+                        if session is not None:
+                            raise BadRequest("this stream has a session already; open another stream")
+                        session, answer = self._open(request.open, stream)
+                    elif kind == "step":
+                        if session is None:
+                            raise Refused(node_pb2.THE_SESSION_IS_UNKNOWN, "no session was opened on this stream")
+                        answer = await self._step(session, request.step, tensors)
+                    elif kind == "status":
+                        answer = encode_message(self._status())
+                    else:
+                        raise BadRequest("the request has no kind that this node knows")
+                except (BadRequest, Refused) as error:
+                    refusals += 1
+                    log.info("request refused peer=%s reason=%s", stream.peer_id, error)
+                    answer = encode_message(refusal_of(error))
+                await stream.send(answer)
+            await stream.fail("too many refused requests on one stream")
+        finally:
+            if session is not None:
+                self.sessions.close(session)
+                log.info("session closed peer=%s session=%s", stream.peer_id, session.session_id.hex()[:8])
+
+    async def _next_message(self, stream: FramedStream, session: Session | None) -> bytes | None:
+        """The peer's next message. None at the end of the stream, or when the peer was silent for too long."""
+        timeout_s = OPEN_TIMEOUT_S if session is None else self.sessions.idle_left_s(session, time.monotonic())
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await stream.receive()
+        except TimeoutError:
+            log.info("stream idle peer=%s", stream.peer_id)
+            reason = "the session expired" if session else "no request came"
+            await stream.fail(
+                f"{reason}: nothing was heard for {self.sessions.limits.idle_s if session else OPEN_TIMEOUT_S:.0f} s"
+            )
+            return None
+
+    def _open(self, request: node_pb2.OpenSession, stream: FramedStream) -> tuple[Session, list[Buffer]]:
+        if not versions_meet(request.version):
+            raise Refused(
+                node_pb2.THE_VERSIONS_DO_NOT_MEET,
+                f"this node speaks protocol {PROTOCOL_MAJOR}, you speak {request.version.major}; upgrade the older of the two",
+            )
+        hop = self._checked_hop(request)
+        reserved = self.sessions.reserve(stream.peer_id, request.session_id, hop, request.batch, request.max_length)
+        row_bytes = request.batch * self._shard.hidden_size * 4
+        max_tokens = min(MAX_STEP_TOKENS, MAX_STEP_BYTES // row_bytes)
+        if max_tokens < 1:
+            raise BadRequest(
+                f"a batch of {request.batch} rows is too large: one step may have {MAX_STEP_BYTES // 2**20} MiB"
+            )
+        session = Session(
+            session_id=request.session_id,
+            peer_id=stream.peer_id,
+            hop=hop,
+            batch=request.batch,
+            max_length=request.max_length,
+            reserved_bytes=reserved,
+            last_used=time.monotonic(),
+            cache=self._shard.model.new_cache(hop),
+        )
+        self.sessions.add(session)
+        # Large enough for a full step with its mask and header, and one behind it.
+        stream.grow_window(2 * (max_tokens * (row_bytes + request.batch) + 65536))
+        log.info(
+            "session opened peer=%s session=%s hop=%s batch=%d max_length=%d",
+            stream.peer_id,
+            request.session_id.hex()[:8],
+            hop,
+            request.batch,
+            request.max_length,
+        )
+        opened = node_pb2.SessionOpened(
+            version=own_version(),
+            numeric_class=self._shard.numeric_class,
+            max_tokens_per_step=max_tokens,
+            idle_timeout_s=round(self.sessions.limits.idle_s),
+        )
+        return session, encode_message(node_pb2.Reply(opened=opened))
+
+    def _checked_hop(self, request: node_pb2.OpenSession) -> Span:
+        """The hop that is asked for, if it is ours and its weights are the ones the client wants."""
+        try:
+            hop = Span(request.start, request.end)
+        except ValueError as error:
+            raise BadRequest(f"hop: {error}") from error
+        if request.model_digest != self._shard.model_digest:
+            raise Refused(
+                node_pb2.THE_WEIGHTS_DIFFER,
+                f"this node serves {self._model_name} ({self._shard.model_digest.hex()[:8]}), not {request.model_digest.hex()[:8]}",
+            )
+        if not self._shard.span.covers(hop):
+            raise Refused(
+                node_pb2.THE_BLOCKS_ARE_NOT_SERVED_HERE, f"this node serves blocks {self._shard.span}, not {hop}"
+            )
+        if tuple(request.block_digests) != self._shard.digests_of(hop):
+            raise Refused(
+                node_pb2.THE_WEIGHTS_DIFFER, f"the digests of blocks {hop} are not those of this node's weights"
+            )
+        return hop
+
+    async def _step(self, session: Session, request: node_pb2.Step, tensors: list[Tensor]) -> list[Buffer]:
+        session.last_used = time.monotonic()
+        if request.session_id != session.session_id:
+            raise Refused(node_pb2.THE_SESSION_IS_UNKNOWN, "the step is for another session than the stream")
+        if session.answered == (request.session_version, request.position):
+            return session.kept_reply
+        try:
+            timed = await self._executor.run(lambda: self._compute(session, request, tensors))
+        except SwarmError:
+            raise
+        except (RuntimeError, ValueError, IndexError, MemoryError) as error:  # torch's and transformers' own
+            log.exception("step failed peer=%s hop=%s", session.peer_id, session.hop)
+            self.sessions.close(session)
+            raise Refused(
+                node_pb2.THE_COMPUTATION_FAILED,
+                f"the step failed on this node ({type(error).__name__}); use another node",
+            ) from error
+        self.num_steps += 1
+        done = node_pb2.StepDone(
+            session_version=request.session_version,
+            position=session.cache.num_tokens,
+            compute_us=round(timed.compute_s * 1e6),
+            queue_us=round(timed.queue_s * 1e6),
+        )
+        outputs = [] if request.no_reply_tensor else [timed.value]
+        session.kept_reply = encode_message(node_pb2.Reply(step=done), outputs)
+        session.answered = (request.session_version, request.position)
+        session.last_used = time.monotonic()
+        log.debug("step session=%s position=%d", session.session_id.hex()[:8], done.position)
+        return session.kept_reply
+
+    def _compute(self, session: Session, request: node_pb2.Step, tensors: list[Tensor]) -> Tensor:
+        """On the device thread: check everything, then change the cache. A refused step leaves the session as it was."""
+        hidden, mask = self._checked_tensors(session, tensors)
+        kept = session.cache.num_tokens
+        if request.HasField("rewind_to"):
+            if request.rewind_to > kept:
+                raise BadRequest(f"cannot rewind to {request.rewind_to}: the cache holds {kept} tokens")
+            kept = request.rewind_to
+        if request.position != kept:
+            raise BadRequest(f"position {request.position} is out of range: the cache holds {kept} tokens")
+        if kept + hidden.shape[1] > session.max_length:
+            raise BadRequest(
+                f"position {kept} + {hidden.shape[1]} new tokens exceed the session's {session.max_length}"
+            )
+        rows = torch.tensor(list(request.reorder), dtype=torch.long)
+        if len(rows) and (len(rows) != session.batch or int(rows.max()) >= session.batch):
+            raise BadRequest(f"reorder must name {session.batch} rows below {session.batch}, got {rows[:16].tolist()}")
+        if request.HasField("rewind_to"):
+            session.cache.rewind(kept)
+        if len(rows):
+            session.cache.reorder(rows)
+        output = self._shard.model.forward(hidden.to(self._shard.model.dtype), session.cache, mask=mask)
+        return output.to(hidden.dtype)
+
+    def _checked_tensors(self, session: Session, tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        if not 1 <= len(tensors) <= 2:
+            raise BadRequest(f"a step has one or two tensors (hidden states, mask), got {len(tensors)}")
+        hidden = TensorLimits(FLOATING, (session.batch, None, self._shard.hidden_size), "hidden states").check(
+            tensors[0]
+        )
+        if hidden.shape[1] == 0:
+            raise BadRequest("a step needs at least one token")
+        if hidden.shape[1] > MAX_STEP_TOKENS:
+            raise BadRequest(f"a step has at most {MAX_STEP_TOKENS} tokens, got {hidden.shape[1]}")
+        if len(tensors) == 1:
+            return hidden, None
+        return hidden, TensorLimits((torch.bool,), (session.batch, hidden.shape[1]), "mask").check(tensors[1])
+
+    def _status(self) -> node_pb2.Reply:
+        status = node_pb2.NodeStatus(
+            version=own_version(),
+            model_name=self._model_name,
+            model_digest=self._shard.model_digest,
+            start=self._shard.span.start,
+            end=self._shard.span.end,
+            num_sessions=len(self.sessions.sessions),
+            cache_bytes_used=self.sessions.used_bytes,
+            cache_bytes_budget=self.sessions.limits.cache_bytes,
+            num_steps=self.num_steps,
+        )
+        return node_pb2.Reply(status=status)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Admit no more sessions and wait until the open ones have ended, at most timeout_s."""
+        self.sessions.leaving = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.sessions.empty.wait()
+        except TimeoutError:
+            log.warning("left with sessions open num_sessions=%d", len(self.sessions.sessions))

@@ -1,0 +1,73 @@
+"""Shard: a span with its weights loaded, hashed and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from node.backend.span_model import SpanModel
+from swarm.checkpoint import Checkpoint
+from swarm.errors import UserError
+from swarm.span import Span
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Blocks of one model on one device."""
+
+    model: SpanModel
+    span: Span
+    model_digest: bytes
+    block_digests: tuple[bytes, ...]
+    numeric_class: str
+    cache_bytes_per_token: int
+    """Of one batch row and one block."""
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.hidden_size
+
+    def digests_of(self, hop: Span) -> tuple[bytes, ...]:
+        """Digests of the blocks of a hop within the span."""
+        return self.block_digests[hop.start - self.span.start : hop.end - self.span.start]
+
+
+def load_shard(checkpoint: Checkpoint, span: Span, *, precision: str, device: str) -> Shard:
+    """Load, hash and self-check. UserError if the span does not exist or the weights do not compute."""
+    if span.end > checkpoint.num_blocks:
+        raise UserError(
+            f"blocks {span} do not exist: {checkpoint.name} has {checkpoint.num_blocks} blocks (0:{checkpoint.num_blocks})"
+        )
+    tensors = checkpoint.load_blocks(span)
+    digests = tuple(checkpoint.digest_blocks(span, tensors))
+    model = SpanModel(checkpoint, span, dtype=DTYPES[precision], device=device, state_dict=tensors)
+    _self_check(model, checkpoint.name)
+    return Shard(
+        model=model,
+        span=span,
+        model_digest=checkpoint.spec.digest,
+        block_digests=digests,
+        numeric_class=precision,
+        cache_bytes_per_token=model.cache_bytes_per_token(),
+    )
+
+
+def _self_check(model: SpanModel, name: str) -> None:
+    """Broken weights must be found before anybody depends on them: a short forward has to be finite, and decoding equal to it."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 4, model.hidden_size, generator=generator).to(model.dtype)
+    whole = model.forward(hidden, model.new_cache(model.span))
+    cache = model.new_cache(model.span)
+    stepped = torch.cat([model.forward(hidden[:, :3], cache), model.forward(hidden[:, 3:], cache)], dim=1)
+    if not bool(torch.isfinite(whole).all()):
+        raise UserError(
+            f"the weights of {name} blocks {model.span} give NaN or infinite values; the checkpoint is damaged, or use --precision fp32"
+        )
+    error = float((whole - stepped).float().norm() / whole.float().norm())
+    if error > (1e-4 if model.dtype == torch.float32 else 5e-2):
+        raise UserError(
+            f"decoding {name} blocks {model.span} differs from the whole forward by {error:.1e}; this model cannot be served here"
+        )

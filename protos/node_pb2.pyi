@@ -1,0 +1,162 @@
+from protos import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class RefusalCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    THE_REQUEST_IS_WRONG: _ClassVar[RefusalCode]
+    THIS_NODE_HAS_NO_ROOM: _ClassVar[RefusalCode]
+    THIS_NODE_IS_LEAVING: _ClassVar[RefusalCode]
+    THE_BLOCKS_ARE_NOT_SERVED_HERE: _ClassVar[RefusalCode]
+    THE_WEIGHTS_DIFFER: _ClassVar[RefusalCode]
+    THE_VERSIONS_DO_NOT_MEET: _ClassVar[RefusalCode]
+    THE_SESSION_IS_UNKNOWN: _ClassVar[RefusalCode]
+    THE_CACHE_IS_TOO_SMALL: _ClassVar[RefusalCode]
+    THE_COMPUTATION_FAILED: _ClassVar[RefusalCode]
+THE_REQUEST_IS_WRONG: RefusalCode
+THIS_NODE_HAS_NO_ROOM: RefusalCode
+THIS_NODE_IS_LEAVING: RefusalCode
+THE_BLOCKS_ARE_NOT_SERVED_HERE: RefusalCode
+THE_WEIGHTS_DIFFER: RefusalCode
+THE_VERSIONS_DO_NOT_MEET: RefusalCode
+THE_SESSION_IS_UNKNOWN: RefusalCode
+THE_CACHE_IS_TOO_SMALL: RefusalCode
+THE_COMPUTATION_FAILED: RefusalCode
+
+class ProtocolVersion(_message.Message):
+    __slots__ = ("major", "minor", "software")
+    MAJOR_FIELD_NUMBER: _ClassVar[int]
+    MINOR_FIELD_NUMBER: _ClassVar[int]
+    SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    major: int
+    minor: int
+    software: str
+    def __init__(self, major: _Optional[int] = ..., minor: _Optional[int] = ..., software: _Optional[str] = ...) -> None: ...
+
+class Request(_message.Message):
+    __slots__ = ("tensors", "open", "step", "status")
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]
+    open: OpenSession
+    step: Step
+    status: GetNodeStatus
+    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ..., open: _Optional[_Union[OpenSession, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., status: _Optional[_Union[GetNodeStatus, _Mapping]] = ...) -> None: ...
+
+class Reply(_message.Message):
+    __slots__ = ("tensors", "refusal", "opened", "step", "status")
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]
+    refusal: Refusal
+    opened: SessionOpened
+    step: StepDone
+    status: NodeStatus
+    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., opened: _Optional[_Union[SessionOpened, _Mapping]] = ..., step: _Optional[_Union[StepDone, _Mapping]] = ..., status: _Optional[_Union[NodeStatus, _Mapping]] = ...) -> None: ...
+
+class OpenSession(_message.Message):
+    __slots__ = ("version", "session_id", "model_digest", "start", "end", "block_digests", "batch", "max_length")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    version: ProtocolVersion
+    session_id: bytes
+    model_digest: bytes
+    start: int
+    end: int
+    block_digests: _containers.RepeatedScalarFieldContainer[bytes]
+    batch: int
+    max_length: int
+    def __init__(self, version: _Optional[_Union[ProtocolVersion, _Mapping]] = ..., session_id: _Optional[bytes] = ..., model_digest: _Optional[bytes] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., block_digests: _Optional[_Iterable[bytes]] = ..., batch: _Optional[int] = ..., max_length: _Optional[int] = ...) -> None: ...
+
+class SessionOpened(_message.Message):
+    __slots__ = ("version", "numeric_class", "max_tokens_per_step", "idle_timeout_s")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUMERIC_CLASS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_PER_STEP_FIELD_NUMBER: _ClassVar[int]
+    IDLE_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    version: ProtocolVersion
+    numeric_class: str
+    max_tokens_per_step: int
+    idle_timeout_s: int
+    def __init__(self, version: _Optional[_Union[ProtocolVersion, _Mapping]] = ..., numeric_class: _Optional[str] = ..., max_tokens_per_step: _Optional[int] = ..., idle_timeout_s: _Optional[int] = ...) -> None: ...
+
+class Step(_message.Message):
+    __slots__ = ("session_id", "session_version", "position", "rewind_to", "reorder", "no_reply_tensor")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_VERSION_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    REWIND_TO_FIELD_NUMBER: _ClassVar[int]
+    REORDER_FIELD_NUMBER: _ClassVar[int]
+    NO_REPLY_TENSOR_FIELD_NUMBER: _ClassVar[int]
+    session_id: bytes
+    session_version: int
+    position: int
+    rewind_to: int
+    reorder: _containers.RepeatedScalarFieldContainer[int]
+    no_reply_tensor: bool
+    def __init__(self, session_id: _Optional[bytes] = ..., session_version: _Optional[int] = ..., position: _Optional[int] = ..., rewind_to: _Optional[int] = ..., reorder: _Optional[_Iterable[int]] = ..., no_reply_tensor: bool = ...) -> None: ...
+
+class StepDone(_message.Message):
+    __slots__ = ("session_version", "position", "compute_us", "queue_us")
+    SESSION_VERSION_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    session_version: int
+    position: int
+    compute_us: int
+    queue_us: int
+    def __init__(self, session_version: _Optional[int] = ..., position: _Optional[int] = ..., compute_us: _Optional[int] = ..., queue_us: _Optional[int] = ...) -> None: ...
+
+class GetNodeStatus(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: ProtocolVersion
+    def __init__(self, version: _Optional[_Union[ProtocolVersion, _Mapping]] = ...) -> None: ...
+
+class NodeStatus(_message.Message):
+    __slots__ = ("version", "model_name", "model_digest", "start", "end", "num_sessions", "cache_bytes_used", "cache_bytes_budget", "num_steps")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_BYTES_USED_FIELD_NUMBER: _ClassVar[int]
+    CACHE_BYTES_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    version: ProtocolVersion
+    model_name: str
+    model_digest: bytes
+    start: int
+    end: int
+    num_sessions: int
+    cache_bytes_used: int
+    cache_bytes_budget: int
+    num_steps: int
+    def __init__(self, version: _Optional[_Union[ProtocolVersion, _Mapping]] = ..., model_name: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., num_sessions: _Optional[int] = ..., cache_bytes_used: _Optional[int] = ..., cache_bytes_budget: _Optional[int] = ..., num_steps: _Optional[int] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("code", "message")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    code: RefusalCode
+    message: str
+    def __init__(self, code: _Optional[_Union[RefusalCode, str]] = ..., message: _Optional[str] = ...) -> None: ...

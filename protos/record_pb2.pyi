@@ -1,0 +1,64 @@
+from protos import node_pb2 as _node_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ShardState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SHARD_STATE_UNSPECIFIED: _ClassVar[ShardState]
+    JOINING: _ClassVar[ShardState]
+    ONLINE: _ClassVar[ShardState]
+    LEAVING: _ClassVar[ShardState]
+SHARD_STATE_UNSPECIFIED: ShardState
+JOINING: ShardState
+ONLINE: ShardState
+LEAVING: ShardState
+
+class SignedRecord(_message.Message):
+    __slots__ = ("payload", "signature")
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    payload: bytes
+    signature: bytes
+    def __init__(self, payload: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class ShardRecord(_message.Message):
+    __slots__ = ("peer_id", "expires_at_ms", "version", "model_name", "source", "model_digest", "num_blocks", "start", "end", "block_digests", "numeric_class", "state", "started_at_ms", "decode_s_per_block", "prefill_tokens_per_s", "addresses")
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_MS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    NUMERIC_CLASS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STARTED_AT_MS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_S_PER_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    peer_id: str
+    expires_at_ms: int
+    version: _node_pb2.ProtocolVersion
+    model_name: str
+    source: str
+    model_digest: bytes
+    num_blocks: int
+    start: int
+    end: int
+    block_digests: _containers.RepeatedScalarFieldContainer[bytes]
+    numeric_class: str
+    state: ShardState
+    started_at_ms: int
+    decode_s_per_block: float
+    prefill_tokens_per_s: float
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, peer_id: _Optional[str] = ..., expires_at_ms: _Optional[int] = ..., version: _Optional[_Union[_node_pb2.ProtocolVersion, _Mapping]] = ..., model_name: _Optional[str] = ..., source: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., num_blocks: _Optional[int] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., block_digests: _Optional[_Iterable[bytes]] = ..., numeric_class: _Optional[str] = ..., state: _Optional[_Union[ShardState, str]] = ..., started_at_ms: _Optional[int] = ..., decode_s_per_block: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -1,0 +1,196 @@
+"""Command line of the client: swarm generate | chat | status | cache."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from swarm.errors import SwarmError
+from swarm.flags import configure_logging, initial_peers_option
+
+MIB = 2**20
+
+
+class _OneLineErrors(click.Group):
+    """Errors that a user can act on become one line on stderr and exit code 1; Ctrl-C becomes 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SwarmError as error:
+            click.echo(f"swarm: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("\nswarm: interrupted", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Use a language model that is spread over a shardswarm."""
+
+
+def _client_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        initial_peers_option(required=True),
+        click.option(
+            "--model", default="smollm2-135m", show_default=True, help="Alias, hub id, directory or GGUF file."
+        ),
+        click.option(
+            "--timeout",
+            "request_timeout_s",
+            type=click.FloatRange(min=0.1),
+            default=30.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="Bound on everything that is waited for.",
+        ),
+        click.option("--cache-dir", type=click.Path(path_type=Path), help="Where converted models are kept."),
+        click.option(
+            "--log-level",
+            type=click.Choice(["debug", "info", "warning", "error"]),
+            default="warning",
+            show_default=True,
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True),
+        click.option(
+            "--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0: greedy."
+        ),
+        click.option("--top-p", type=click.FloatRange(min=0.0, max=1.0), help="Sample from this probability mass."),
+        click.option("--top-k", type=click.IntRange(min=1), help="Sample from this many tokens."),
+        click.option("--seed", type=int, help="Makes sampling repeatable."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("prompt")
+@_client_options
+@_sampling_options
+@click.option("--chat", "as_chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming the text.")
+def generate(prompt: str, as_chat: bool, as_json: bool, **flags: Any) -> None:
+    """Continue PROMPT, and say through which nodes and how fast."""
+    if not prompt:
+        raise click.UsageError("the prompt is empty")
+    from swarm.client.terminal_chat import connect_from_flags, generate_once
+
+    with connect_from_flags(flags) as swarm:
+        generate_once(swarm, prompt, flags, as_chat=as_chat, as_json=as_json)
+
+
+@cli.command()
+@_client_options
+@_sampling_options
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=8),
+    default=2048,
+    show_default=True,
+    help="Tokens of the whole conversation.",
+)
+@click.option("--system", "system_prompt", help="System prompt.")
+def chat(max_length: int, system_prompt: str | None, **flags: Any) -> None:
+    """Talk with the model; empty line or Ctrl-D ends it."""
+    from swarm.client.terminal_chat import chat_loop, connect_from_flags
+
+    with connect_from_flags(flags) as swarm:
+        chat_loop(swarm, flags, max_length=max_length, system_prompt=system_prompt)
+
+
+@cli.command()
+@initial_peers_option(required=True)
+@click.option("--model", help="Only nodes that serve a model of this name.")
+@click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(min=0.1), default=15.0, show_default=True, metavar="SECONDS"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning", show_default=True
+)
+def status(initial_peers: tuple[str, ...], model: str | None, timeout_s: float, as_json: bool, log_level: str) -> None:
+    """Who serves which blocks, how fast, since when."""
+    configure_logging(log_level)
+    from swarm.client.status import fetch_records, records_as_json, records_as_table
+
+    records = fetch_records(initial_peers, model, timeout_s)
+    if as_json:
+        click.echo(json.dumps(records_as_json(records, time.time())))
+    else:
+        records_as_table(records, time.time(), sys.stdout)
+
+
+@cli.group()
+def cache() -> None:
+    """Model files on this machine."""
+
+
+@cache.command("list")
+@click.option("--cache-dir", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True)
+def cache_list(cache_dir: Path | None, as_json: bool) -> None:
+    """What is kept, where, and how large it is."""
+    from swarm.cache import list_cache
+
+    entries = list_cache(cache_dir)
+    if as_json:
+        rows = [
+            {"name": e.name, "source": e.source, "bytes": e.bytes, "last_used": e.last_used, "path": str(e.path)}
+            for e in entries
+        ]
+        click.echo(json.dumps(rows))
+        return
+    for entry in entries:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
+        click.echo(
+            f"{entry.name:24} {entry.bytes / MIB:9.1f} MiB  last used {used}  {entry.source}\n{'':24} {entry.path}"
+        )
+    if not entries:
+        click.echo("nothing is kept")
+
+
+@cache.command("prune")
+@click.argument("names", nargs=-1)
+@click.option("--unused-days", type=click.FloatRange(min=0.0), help="Only what was not used for so many days.")
+@click.option("--all", "everything", is_flag=True, help="Everything.")
+@click.option("--cache-dir", type=click.Path(path_type=Path))
+def cache_prune(names: tuple[str, ...], unused_days: float | None, everything: bool, cache_dir: Path | None) -> None:
+    """Remove model files that are not in use: those of NAMES, those unused for some days, or all."""
+    from swarm.cache import prune_cache
+
+    removed = prune_cache(cache_dir, names=names, unused_days=unused_days, everything=everything)
+    click.echo(f"removed {len(removed)} model(s), {sum(entry.bytes for entry in removed) / MIB:.1f} MiB")
+
+
+@cache.command("fetch")
+@click.argument("model")
+@click.option("--cache-dir", type=click.Path(path_type=Path))
+def cache_fetch(model: str, cache_dir: Path | None) -> None:
+    """Download and convert MODEL now, so that nodes and clients start at once."""
+    from swarm.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(model, cache_dir=cache_dir)
+    spec = checkpoint.spec
+    click.echo(
+        f"{checkpoint.name}: {spec.num_blocks} blocks, {spec.digest.hex()[:8]}, from {checkpoint.source}", err=True
+    )
+
+
+def main() -> None:
+    cli(prog_name="swarm")

@@ -1,0 +1,40 @@
+"""ClientConfig: everything a client can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarm.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientConfig:
+    """One client. Times are seconds."""
+
+    model: str
+    """Alias, hub id, directory or GGUF file."""
+    initial_peers: tuple[str, ...]
+    """Multiaddrs ending in /p2p/<peer id>; one that works is enough."""
+    request_timeout_s: float = 30.0
+    """Bound on everything that a user waits for: finding a route, opening a session, one step with all its retries."""
+    join_timeout_s: float = 15.0
+    patience_s: float = 6.0
+    """How long to wait for somebody to serve blocks that nobody serves, or for room on full nodes, when opening a session."""
+    stall_s: float = 1.0
+    """After so long without a reply a hop is pinged; its event loop answers even while it computes."""
+    ping_timeout_s: float = 2.0
+    """A hop that does not answer a ping for so long is given up."""
+    records_max_age_s: float = 10.0
+    """Records older than this are fetched again before a route is planned."""
+    listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
+    cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.initial_peers:
+            raise UserError(
+                "no initial peers: give the address that swarm-bootstrap printed (--initial-peers, or SHARDSWARM_INITIAL_PEERS)"
+            )
+        for name in ("request_timeout_s", "join_timeout_s", "patience_s", "stall_s", "ping_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be positive, got {getattr(self, name)}")

@@ -1,0 +1,82 @@
+"""SwarmClient: a client's place in the swarm. The async API; swarm.client.blocking is the same for code without an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator
+
+from swarm.checkpoint import Checkpoint, open_checkpoint
+from swarm.client.config import ClientConfig
+from swarm.client.ends import Ends
+from swarm.client.router import Router
+from swarm.client.session import Session
+from swarm.errors import RouteBroken
+from swarm.p2p.directory import Directory
+from swarm.p2p.host import Host, HostConfig, running_host
+from swarm.records import ShardRecord, ShardState
+
+log = logging.getLogger(__name__)
+
+
+class SwarmClient:
+    """Connected to a swarm, for one model. Made by `async with open_swarm(config)`."""
+
+    def __init__(
+        self, host: Host, directory: Directory, checkpoint: Checkpoint, ends: Ends, router: Router, config: ClientConfig
+    ) -> None:
+        self.host, self.directory, self.config = host, directory, config
+        self.checkpoint, self.ends, self.router = checkpoint, ends, router
+
+    def session(self, *, batch: int = 1, max_length: int) -> Session:
+        """A session of `batch` rows of at most max_length tokens; open it with `async with`."""
+        return Session(self.host, self.router, self.config, batch=batch, max_length=max_length)
+
+
+@contextlib.asynccontextmanager
+async def open_directory(config: ClientConfig) -> AsyncIterator[tuple[Host, Directory]]:
+    """Join the swarm's DHT as a client. Raises JoinFailed."""
+    async with running_host(HostConfig(listen=config.listen)) as host:
+        directory = await Directory.join(
+            host, list(config.initial_peers), serves=False, timeout_s=config.join_timeout_s
+        )
+        try:
+            yield host, directory
+        finally:
+            await directory.close()
+
+
+@contextlib.asynccontextmanager
+async def open_swarm(config: ClientConfig) -> AsyncIterator[SwarmClient]:
+    """Join, open the model's checkpoint and load its ends.
+
+    An alias stands for the weights that most nodes of the swarm serve under that name.
+    Raises JoinFailed, ModelNotFound or another UserError.
+    """
+    async with open_directory(config) as (host, directory):
+        served = await _find_name(directory, config, config.model)
+        sources = [
+            source for source, _ in Counter(r.source for r in served if r.state == ShardState.ONLINE).most_common()
+        ]
+
+        def load() -> tuple[Checkpoint, Ends, list[bytes] | None]:
+            checkpoint = open_checkpoint(config.model, prefer_sources=sources, cache_dir=config.cache_dir)
+            return checkpoint, Ends(checkpoint), checkpoint.expected_digests()
+
+        checkpoint, ends, expected = await asyncio.to_thread(load)
+        namesakes = served if checkpoint.name == config.model else await _find_name(directory, config, checkpoint.name)
+        yield SwarmClient(
+            host, directory, checkpoint, ends, Router(directory, checkpoint.spec, expected, config, namesakes), config
+        )
+
+
+async def _find_name(directory: Directory, config: ClientConfig, name: str) -> list[ShardRecord]:
+    try:
+        async with asyncio.timeout(config.request_timeout_s):
+            return await directory.find_name(name)
+    except TimeoutError:
+        raise RouteBroken(
+            f"the directory did not answer within {config.request_timeout_s:.0f} s; check the network and the initial peers"
+        ) from None

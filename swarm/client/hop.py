@@ -1,0 +1,208 @@
+"""RemoteHop: one hop of a session, on its stream. Knows how to open, step and replay; deciding what to do about failures is the session's."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from protos import node_pb2
+from swarm.client.config import ClientConfig
+from swarm.errors import BadReply, BadRequest, Busy, PeerFailed
+from swarm.messages import NODE_PROTOCOL, decode_message, encode_message, error_of, versions_meet
+from swarm.p2p.framing import FramedStream
+from swarm.p2p.host import Host
+from swarm.routing import Hop
+from swarm.span import Span
+from swarm.tensors import FLOATING, Buffer, TensorLimits
+
+_BUSY_PAUSES_S = (0.05, 0.1, 0.2, 0.4)
+
+
+@dataclass(slots=True)
+class HopTiming:
+    """Seconds of the last step: whole, waiting for the device and computing on it, both as told by the node."""
+
+    step_s: float = 0.0
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """What a step adds to a session.
+
+    mask: bool [batch, tokens], None if all tokens are real. rewind_to and reorder are applied before, in this order.
+    """
+
+    position: int
+    version: int
+    mask: Tensor | None = None
+    rewind_to: int | None = None
+    reorder: tuple[int, ...] = ()
+
+
+class RemoteHop:
+    """An open session on one peer. The history holds its inputs, so that another peer can take over by replay."""
+
+    def __init__(
+        self, hop: Hop, stream: FramedStream, opened: node_pb2.SessionOpened, session_id: bytes, config: ClientConfig
+    ) -> None:
+        self.hop = hop
+        self.numeric_class = opened.numeric_class
+        self.max_tokens = opened.max_tokens_per_step
+        self.history: list[Tensor] = []
+        self.timing = HopTiming()
+        self._stream = stream
+        self._session_id = session_id
+        self._config = config
+
+    @property
+    def peer_id(self) -> str:
+        return self.hop.peer_id
+
+    @property
+    def span(self) -> Span:
+        return self.hop.span
+
+    @property
+    def bytes_moved(self) -> int:
+        return self._stream.bytes_sent + self._stream.bytes_received
+
+    @classmethod
+    async def open(
+        cls, host: Host, hop: Hop, request: node_pb2.OpenSession, config: ClientConfig, deadline: float
+    ) -> RemoteHop:
+        """Connect, open a stream and a session on it. Raises PeerFailed, BadReply, Busy or BadRequest."""
+        timeout_s = min(max(deadline - time.monotonic(), 0.1), 5.0)
+        stream = await host.open_stream(hop.peer_id, NODE_PROTOCOL, timeout_s, hop.record.addresses)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await stream.send(encode_message(node_pb2.Request(open=request)))
+                header, _ = _decoded(await stream.receive(), hop.peer_id)
+            if header.WhichOneof("kind") != "opened" or not versions_meet(header.opened.version):
+                raise BadReply(f"peer {hop.peer_id[-8:]} did not answer the opening of a session")
+            opened = header.opened
+            if opened.max_tokens_per_step < 1:
+                raise BadReply(f"peer {hop.peer_id[-8:]} accepts no tokens")
+            return cls(hop, stream, opened, request.session_id, config)
+        except TimeoutError:
+            await stream.aclose()
+            raise PeerFailed(f"peer {hop.peer_id[-8:]} did not open a session within {timeout_s:.0f} s") from None
+        except BaseException:
+            await stream.aclose()
+            raise
+
+    async def step(self, hidden: Tensor, step: StepInput, deadline: float, *, wants_output: bool = True) -> Tensor:
+        """Send new tokens, in as many messages as the peer asks for, and return the outputs [batch, tokens, hidden].
+
+        Appends hidden to the history once the peer has it. deadline: time.monotonic() at which to give up.
+        """
+        outputs = []
+        started = time.monotonic()
+        queue_s = compute_s = 0.0
+        for offset in range(0, hidden.shape[1], self.max_tokens):
+            piece = hidden[:, offset : offset + self.max_tokens]
+            request = node_pb2.Step(
+                session_id=self._session_id,
+                session_version=step.version,
+                position=step.position + offset,
+                no_reply_tensor=not wants_output,
+            )
+            if offset == 0 and step.rewind_to is not None:
+                request.rewind_to = step.rewind_to
+            if offset == 0:
+                request.reorder.extend(step.reorder)
+            masks = [] if step.mask is None else [step.mask[:, offset : offset + self.max_tokens]]
+            # The reply is as large as the request; both directions get the same window.
+            self._stream.grow_window(2 * (piece.numel() * piece.element_size() + 65536))
+            done, tensors = await self._exchange(
+                encode_message(node_pb2.Request(step=request), [piece, *masks]), deadline
+            )
+            self._check(done, step.version, step.position + offset + piece.shape[1])
+            if wants_output:
+                outputs.append(self._checked_output(tensors, piece))
+            queue_s += done.queue_us / 1e6
+            compute_s += done.compute_us / 1e6
+        self.timing = HopTiming(time.monotonic() - started, queue_s, compute_s)
+        self.history.append(hidden)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1) if outputs else hidden
+
+    def edit_history(self, length: int, reorder: Sequence[int]) -> None:
+        """Cut the history to length tokens and permute its rows, as the peer's cache will be."""
+        if sum(part.shape[1] for part in self.history) == length and not reorder:
+            return
+        whole = torch.cat(self.history, dim=1)[:, :length] if self.history and length else None
+        if whole is not None and reorder:
+            whole = whole[torch.tensor(list(reorder))]
+        self.history = [] if whole is None else [whole]
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def _exchange(self, message: list[Buffer], deadline: float) -> tuple[node_pb2.StepDone, list[Tensor]]:
+        """Send one request and wait for its reply; again, a few times, when the peer is too busy (it has changed nothing then)."""
+        for pause_s in _BUSY_PAUSES_S:
+            try:
+                await self._send(message, deadline)
+                return await self._reply(deadline)
+            except Busy:
+                if time.monotonic() + pause_s > deadline:
+                    raise
+                await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
+        await self._send(message, deadline)
+        return await self._reply(deadline)
+
+    async def _send(self, message: list[Buffer], deadline: float) -> None:
+        try:
+            async with asyncio.timeout(max(deadline - time.monotonic(), 0.05)):
+                await self._stream.send(message)
+        except TimeoutError:
+            raise PeerFailed(f"peer {self.peer_id[-8:]} took no data until the deadline") from None
+
+    async def _reply(self, deadline: float) -> tuple[node_pb2.StepDone, list[Tensor]]:
+        """Wait for the reply as long as the peer proves that it is alive, but at most half of the time that is left."""
+        give_up = time.monotonic() + max(0.5 * (deadline - time.monotonic()), 0.05)
+        while True:
+            try:
+                async with asyncio.timeout(self._config.stall_s):
+                    message = await self._stream.receive()
+                break
+            except TimeoutError:
+                await self._stream.ping(self._config.ping_timeout_s)
+                if time.monotonic() > give_up:
+                    raise PeerFailed(f"peer {self.peer_id[-8:]} is alive but does not answer the step") from None
+        header, tensors = _decoded(message, self.peer_id)
+        if header.WhichOneof("kind") != "step":
+            raise BadReply(f"peer {self.peer_id[-8:]} answered a step with something else")
+        return header.step, tensors
+
+    def _check(self, done: node_pb2.StepDone, version: int, position: int) -> None:
+        if (done.session_version, done.position) != (version, position):
+            raise BadReply(f"peer {self.peer_id[-8:]} answered for position {done.position}, not {position}")
+
+    def _checked_output(self, tensors: list[Tensor], piece: Tensor) -> Tensor:
+        try:
+            if len(tensors) != 1:
+                raise BadRequest(f"{len(tensors)} tensors")
+            return TensorLimits(FLOATING, tuple(piece.shape), "hidden states").check(tensors[0]).to(piece.dtype)
+        except BadRequest as error:
+            raise BadReply(f"peer {self.peer_id[-8:]} answered nonsense: {error}") from error
+
+
+def _decoded(message: bytes | None, peer_id: str) -> tuple[node_pb2.Reply, list[Tensor]]:
+    """A reply, or the error that it stands for."""
+    if message is None:
+        raise PeerFailed(f"peer {peer_id[-8:]} ended the session")
+    try:
+        header, tensors = decode_message(message, node_pb2.Reply)
+    except BadRequest as error:
+        raise BadReply(f"peer {peer_id[-8:]} sent a malformed reply: {error}") from error
+    if header.WhichOneof("kind") == "refusal":
+        raise error_of(header.refusal, peer_id)
+    return header, tensors

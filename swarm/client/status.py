@@ -1,0 +1,113 @@
+"""What `swarm status` shows: who serves which blocks, how fast, since when."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, TextIO
+
+from swarm.client.config import ClientConfig
+from swarm.client.connect import open_directory
+from swarm.errors import RouteBroken
+from swarm.records import ShardRecord, ShardState
+from swarm.routing import missing_spans
+from swarm.span import Span
+
+
+def fetch_records(initial_peers: Sequence[str], model: str | None, timeout_s: float) -> list[ShardRecord]:
+    """Records of the whole swarm, or of the nodes that serve a model of this name. Raises JoinFailed or RouteBroken in time."""
+    config = ClientConfig(model=model or "any", initial_peers=tuple(initial_peers), join_timeout_s=timeout_s)
+
+    async def fetch() -> list[ShardRecord]:
+        async with open_directory(config) as (_, directory):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await (directory.find_name(model) if model else directory.find_all())
+            except TimeoutError:
+                raise RouteBroken(
+                    f"the directory did not answer within {timeout_s:.0f} s; try another initial peer"
+                ) from None
+
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(fetch())
+
+
+def _by_model(records: Iterable[ShardRecord]) -> dict[tuple[str, bytes], list[ShardRecord]]:
+    models: dict[tuple[str, bytes], list[ShardRecord]] = defaultdict(list)
+    for record in sorted(records, key=lambda r: (r.model_name, r.model_digest, r.span, r.peer_id)):
+        models[record.model_name, record.model_digest].append(record)
+    return models
+
+
+def _missing(records: Sequence[ShardRecord]) -> list[Span]:
+    online = [record.span for record in records if record.state == ShardState.ONLINE]
+    return missing_spans(online, Span(0, records[0].num_blocks))
+
+
+def records_as_json(records: Iterable[ShardRecord], now: float) -> dict[str, Any]:
+    """The same as the table, for scripts."""
+    return {
+        "models": [
+            {
+                "model": name,
+                "digest": digest.hex(),
+                "num_blocks": shards[0].num_blocks,
+                "unserved_blocks": [str(span) for span in _missing(shards)],
+                "nodes": [
+                    {
+                        "peer_id": record.peer_id,
+                        "span": str(record.span),
+                        "state": record.state.name,
+                        "numeric_class": record.numeric_class,
+                        "decode_ms_per_block": round(1000 * record.decode_s_per_block, 3),
+                        "prefill_tokens_per_s": round(record.prefill_tokens_per_s, 1),
+                        "online_s": round(now - record.started_at, 1),
+                        "source": record.source,
+                        "software": record.software,
+                        "addresses": list(record.addresses),
+                    }
+                    for record in shards
+                ],
+            }
+            for (name, digest), shards in _by_model(records).items()
+        ]
+    }
+
+
+def records_as_table(records: Sequence[ShardRecord], now: float, out: TextIO) -> None:
+    """A table for each model."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=out)
+    if not records:
+        console.print("No node serves anything in this swarm.")
+    for (name, digest), shards in _by_model(records).items():
+        missing = _missing(shards)
+        health = "all blocks served" if not missing else f"NOT served: blocks {', '.join(map(str, missing))}"
+        table = Table(
+            title=f"{name} ({digest.hex()[:8]}), {shards[0].num_blocks} blocks: {health}", title_justify="left"
+        )
+        for column in ("peer", "blocks", "state", "class", "ms/block", "prefill tok/s", "since", "weights from"):
+            table.add_column(column, overflow="fold")
+        for record in shards:
+            table.add_row(
+                record.peer_id[-8:],
+                str(record.span),
+                record.state.name,
+                record.numeric_class,
+                f"{1000 * record.decode_s_per_block:.2f}" if record.decode_s_per_block else "-",
+                f"{record.prefill_tokens_per_s:.0f}" if record.prefill_tokens_per_s else "-",
+                _duration(now - record.started_at),
+                record.source,
+            )
+        console.print(table)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

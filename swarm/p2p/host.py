@@ -1,0 +1,239 @@
+"""Host: this process as a libp2p peer. Owns the p2pd child, opens and accepts framed streams.
+
+hivemind's P2P does the talking to p2pd; its DHT process, unary calls for tensors and pickling are not used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hivemind.utils.logging as hivemind_logging
+from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon_bindings.control import P2PDaemonError
+from hivemind.p2p.p2p_daemon_bindings.utils import ControlFailure
+from hivemind.utils.multiaddr import Multiaddr
+
+from swarm.errors import JoinFailed, PeerFailed, UserError
+from swarm.identity import Identity
+from swarm.p2p.framing import FramedStream
+from swarm.p2p.runtime_dir import private_directory
+
+log = logging.getLogger(__name__)
+hivemind_logging.use_hivemind_log_handler("nowhere")  # p2pd's and the DHT's own words go to our log only when asked for
+logging.getLogger("hivemind").setLevel(os.environ.get("SHARDSWARM_HIVEMIND_LOG", "CRITICAL"))
+
+StreamHandler = Callable[[FramedStream], Awaitable[None]]
+
+# p2pd kills itself if we die before it hears from us, and as soon as our control connection closes.
+_P2PD_IDLE_TIMEOUT_S = 5
+_P2PD_START_TIMEOUT_S = 15
+# A connection that p2pd's connection manager trims would end a session: keep all of a busy node's.
+
+
+@dataclass(frozen=True, slots=True)
+class HostConfig:
+    """How this process appears on the network."""
+
+    listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
+    """Multiaddrs to listen on; port 0 picks a free one."""
+    announce: tuple[str, ...] = ()
+    """Multiaddrs to tell others instead of those that are listened on (behind a port forwarding or a relay)."""
+    identity_path: Path | None = None
+    """File with the key; made if missing. None: a new identity for this process."""
+    use_relay: bool = False
+    """Ask the initial peers to relay connections to us: for nodes behind NAT."""
+    max_streams_per_peer: int = 64
+    """Streams that one peer may have open here; more are refused."""
+
+
+class Host:
+    """A running p2pd and the streams over it. Made by `async with running_host(config)`."""
+
+    def __init__(self, p2p: P2P, identity: Identity, config: HostConfig) -> None:
+        self.p2p = p2p
+        self.identity = identity
+        self._config = config
+        self._streams_of: collections.Counter[str] = collections.Counter()
+        self._serving: set[asyncio.Task[None]] = set()
+
+    @property
+    def peer_id(self) -> str:
+        return self.identity.peer_id
+
+    async def addresses(self) -> list[str]:
+        """Multiaddrs at which others can reach us, each ending in /p2p/<peer id>."""
+        return [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
+
+    async def connect(self, peer_id: str, addresses: Iterable[str], timeout_s: float) -> None:
+        """Make sure that there is a connection to a peer. Raises PeerFailed."""
+        parsed = [Multiaddr(strip_peer_id(address)) for address in addresses]
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.p2p._client.connect(PeerID.from_base58(peer_id), parsed)
+        except TimeoutError:
+            raise PeerFailed(f"peer {peer_id[-8:]} could not be reached within {timeout_s:.1f} s") from None
+        except (ControlFailure, P2PDaemonError, OSError, ValueError, asyncio.IncompleteReadError) as error:
+            raise PeerFailed(f"peer {peer_id[-8:]} could not be reached: {_short(error)}") from error
+
+    async def open_stream(
+        self, peer_id: str, protocol: str, timeout_s: float, addresses: Sequence[str] = ()
+    ) -> FramedStream:
+        """A new stream to a peer, which we then own. Raises PeerFailed."""
+        if addresses:
+            await self.connect(peer_id, addresses, timeout_s)
+        try:
+            async with asyncio.timeout(timeout_s):
+                _, reader, writer = await self.p2p.call_binary_stream_handler(PeerID.from_base58(peer_id), protocol)
+        except TimeoutError:
+            raise PeerFailed(f"peer {peer_id[-8:]} did not open a stream within {timeout_s:.1f} s") from None
+        except (ControlFailure, P2PDaemonError, OSError, ValueError, asyncio.IncompleteReadError) as error:
+            raise PeerFailed(
+                f"peer {peer_id[-8:]} cannot be reached or does not speak {protocol}: {_short(error)}"
+            ) from error
+        return await FramedStream.start(reader, writer, peer_id)
+
+    async def serve(self, protocol: str, handler: StreamHandler) -> None:
+        """Call handler for every stream of this protocol that a peer opens. The handler's errors end only its stream."""
+
+        async def accept(stream_info: Any, reader: Any, writer: Any) -> None:
+            peer_id = str(stream_info.peer_id)
+            stream = await FramedStream.start(reader, writer, peer_id)
+            if self._streams_of[peer_id] >= self._config.max_streams_per_peer:
+                await stream.fail(f"more than {self._config.max_streams_per_peer} streams from one peer")
+                return
+            task = asyncio.current_task()
+            assert task is not None
+            self._streams_of[peer_id] += 1
+            self._serving.add(task)
+            try:
+                await handler(stream)
+            except PeerFailed as error:
+                log.debug("stream lost peer=%s reason=%s", peer_id, error)
+            finally:
+                self._serving.discard(task)
+                self._streams_of[peer_id] -= 1
+                if not self._streams_of[peer_id]:
+                    del self._streams_of[peer_id]
+                await stream.aclose()
+
+        await self.p2p.add_binary_stream_handler(protocol, accept)
+
+    async def wait_until_dead(self) -> None:
+        """Return when p2pd has died; nothing works then."""
+        assert self.p2p._child is not None
+        await self.p2p._child.wait()
+
+    async def _stop_serving(self) -> None:
+        for task in self._serving:
+            task.cancel()
+        if self._serving:
+            await asyncio.wait(self._serving, timeout=5)
+
+
+@contextlib.asynccontextmanager
+async def running_host(config: HostConfig) -> AsyncIterator[Host]:
+    """Start p2pd, and stop it and remove its sockets at the end.
+
+    Raises UserError if the identity is in use or an address cannot be listened on.
+    """
+    with private_directory() as directory, _identity(config.identity_path, directory) as (identity, path):
+        P2P._UNIX_SOCKET_PREFIX = f"/unix{directory}/"
+        try:
+            p2p = await P2P.create(
+                host_maddrs=list(config.listen),
+                announce_maddrs=list(config.announce) or None,
+                identity_path=str(path),
+                idle_timeout=_P2PD_IDLE_TIMEOUT_S,
+                startup_timeout=_P2PD_START_TIMEOUT_S,
+                auto_nat=not config.announce,
+                use_auto_relay=config.use_relay,
+                nat_port_map=not all("/127.0.0.1/" in address for address in config.listen),
+            )
+        except (P2PDaemonError, ValueError) as error:
+            raise UserError(f"cannot listen on {', '.join(config.listen)}: {_short(error)}") from error
+        host = Host(p2p, identity, config)
+        try:
+            yield host
+        finally:
+            await host._stop_serving()
+            await p2p.shutdown()
+
+
+@contextlib.contextmanager
+def _identity(path: Path | None, directory: Path) -> Any:
+    """(identity, its file). The file stays locked: two processes with one peer id would take each other's connections."""
+    if path is None:
+        path = directory / "identity"
+    identity = Identity.load_or_create(path)
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"the identity {path} is in use by another process; give each its own --identity") from None
+        yield identity, path
+
+
+async def join(host: Host, initial_peers: Sequence[str], timeout_s: float) -> list[str]:
+    """Connect to the initial peers and return the ids of those that answered. Tries again until one does.
+
+    initial_peers: multiaddrs that end in /p2p/<peer id>. Raises JoinFailed, naming each address and its failure.
+    """
+    if not initial_peers:
+        return []
+    failures: dict[str, str] = {}
+
+    async def dial(address: str) -> str | None:
+        peer_id = peer_id_of(address)
+        try:
+            await host.connect(peer_id, [address], min(5.0, timeout_s))
+        except PeerFailed as error:
+            failures[address] = str(error)
+            return None
+        return peer_id
+
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    pause_s = 0.25
+    while True:
+        answered = [peer for peer in await asyncio.gather(*map(dial, initial_peers)) if peer]
+        if answered:
+            return answered
+        if asyncio.get_running_loop().time() + pause_s >= deadline:
+            break
+        await asyncio.sleep(pause_s)
+        pause_s = min(2 * pause_s, 2.0)
+    reasons = "; ".join(f"{address}: {reason}" for address, reason in failures.items())
+    raise JoinFailed(
+        f"none of the {len(initial_peers)} initial peers answered within {timeout_s:.0f} s ({reasons}); check the address and that a bootstrap peer runs there"
+    )
+
+
+def peer_id_of(address: str) -> str:
+    """The peer id at the end of a multiaddr. Raises JoinFailed if there is none or the address is malformed."""
+    try:
+        peer_id = str(Multiaddr(address)["p2p"])
+        PeerID.from_base58(peer_id)
+    except (ValueError, KeyError, LookupError) as error:
+        raise JoinFailed(
+            f"initial peer {address!r} is not a multiaddr such as /ip4/203.0.113.7/tcp/31337/p2p/12D3Koo..."
+        ) from error
+    return peer_id
+
+
+def strip_peer_id(address: str) -> str:
+    """The address without its /p2p/<peer id> ending (a relayed address keeps what is before)."""
+    return address.rpartition("/p2p/")[0] if "/p2p/" in address else address
+
+
+def _short(error: BaseException) -> str:
+    """The first line of an error of p2pd's, without its Go decoration."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return text[:200]
