@@ -16,6 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import itertools
+
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.generation.streamers import BaseStreamer
@@ -49,7 +51,9 @@ class StepTimes(BaseStreamer):
 def generate_s(model: Any, inputs: dict[str, Any], num_tokens: int, streamer: BaseStreamer | None = None) -> float:
     """Seconds of a greedy generate of exactly num_tokens."""
     started = time.perf_counter()
-    output = model.generate(**inputs, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, streamer=streamer)
+    output = model.generate(
+        **inputs, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, streamer=streamer
+    )
     elapsed = time.perf_counter() - started
     assert output.shape[1] == inputs["input_ids"].shape[1] + num_tokens
     return elapsed
@@ -81,7 +85,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     checkpoint = open_checkpoint(options.model)
     edges = [round(index * checkpoint.num_blocks / options.nodes) for index in range(options.nodes + 1)]
-    spans = [f"{start}:{end}" for start, end in zip(edges, edges[1:], strict=False)]
+    spans = [f"{start}:{end}" for start, end in itertools.pairwise(edges)]
     local = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
     with tempfile.TemporaryDirectory() as folder, local_swarm(Path(folder)) as nodes:
         for node in [nodes.start_node(options.model, span, "--threads", str(options.threads)) for span in spans]:

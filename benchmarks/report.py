@@ -24,7 +24,13 @@ def _short(value: float) -> float:
 
 def print_report(name: str, parameters: Mapping[str, Any], results: Mapping[str, Any], *, as_json: bool) -> None:
     """One benchmark's outcome on stdout."""
-    report = {"benchmark": name, "commit": _commit(), "machine": _machine(), "parameters": parameters, "results": results}
+    report = {
+        "benchmark": name,
+        "commit": _commit(),
+        "machine": _machine(),
+        "parameters": parameters,
+        "results": results,
+    }
     if as_json:
         print(json.dumps(report))
         return
@@ -37,7 +43,9 @@ def print_report(name: str, parameters: Mapping[str, Any], results: Mapping[str,
 
 def _commit() -> str:
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
@@ -50,6 +58,13 @@ def _machine() -> str:
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        cpu = next((line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), cpu)
+        cpu = next(
+            (
+                line.split(":", 1)[1].strip()
+                for line in cpuinfo.read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            cpu,
+        )
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{cpu}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB{gpu}, torch {torch.__version__}, Python {platform.python_version()}"

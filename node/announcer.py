@@ -13,6 +13,8 @@ from swarm.records import ShardRecord, ShardState
 
 log = logging.getLogger(__name__)
 
+_LEAVE_TIMEOUT_S = 3.0
+
 
 class Announcer:
     """Publishes the record at every change and every third of its lifetime, with jitter so that nodes do not march in step."""
@@ -35,5 +37,9 @@ class Announcer:
             await self.announce()
 
     async def leave(self) -> None:
-        """Say LEAVING, so that nobody opens a session here any more."""
-        await self.announce(state=ShardState.LEAVING)
+        """Say LEAVING, so that nobody opens a session here any more; for a few seconds at most, as others may be gone already."""
+        try:
+            async with asyncio.timeout(_LEAVE_TIMEOUT_S):
+                await self.announce(state=ShardState.LEAVING)
+        except TimeoutError:
+            log.info("left without telling everybody after_s=%.0f", _LEAVE_TIMEOUT_S)

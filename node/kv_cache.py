@@ -105,9 +105,12 @@ class SessionTable:
         self.sessions[session.peer_id, session.session_id] = session
         self.empty.clear()
 
+    def is_open(self, session: Session) -> bool:
+        return self.sessions.get((session.peer_id, session.session_id)) is session
+
     def close(self, session: Session) -> None:
         """Free the session's bytes. Closing twice is fine."""
-        if self.sessions.get((session.peer_id, session.session_id)) is session:
+        if self.is_open(session):
             del self.sessions[session.peer_id, session.session_id]
         if not self.sessions:
             self.empty.set()

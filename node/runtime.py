@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -51,7 +52,7 @@ class Node:
         config = self.config
         started = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
-            stop = _stop_on_signals(stack)
+            signals = _Signals(stack)
             stack.callback(self._executor.close)
             host = await stack.enter_async_context(running_host(_host_config(config)))
             directory = await Directory.join(
@@ -72,12 +73,15 @@ class Node:
                 decode_s_per_block=throughput.decode_s_per_block,
                 prefill_tokens_per_s=throughput.prefill_tokens_per_s,
             )
+            gc.collect()
+            gc.freeze()  # the imports' million objects need not be looked at again between steps
             _print_ready(await host.addresses(), announcer.record, throughput, time.monotonic() - started)
-            await self._serve_until(stop, host, announcer)
+            await self._serve_until(signals.stop, host, announcer)
 
             log.info("leaving")
             await announcer.leave()
-            await service.drain(config.drain_timeout_s)
+            await service.drain(config.drain_timeout_s, signals.hurry)
+            log.info("drained")
 
     async def _open_checkpoint(self, directory: Directory) -> Checkpoint:
         """The checkpoint to serve. An alias resolves first to what the swarm serves under that name."""
@@ -183,7 +187,7 @@ class Node:
         )
 
     async def _on_device(self, function: Callable[[], T]) -> T:
-        return (await self._executor.run(function)).value
+        return await self._executor.run(function)
 
 
 def _host_config(config: NodeConfig) -> HostConfig:
@@ -196,19 +200,18 @@ def _host_config(config: NodeConfig) -> HostConfig:
     )
 
 
-def _stop_on_signals(stack: contextlib.AsyncExitStack) -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set; a second one ends the process at once."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+class _Signals:
+    """What SIGTERM and SIGINT ask for: the first one to leave, a second one to leave without waiting for sessions."""
 
-    def on_signal(number: signal.Signals) -> None:
-        if stop.is_set():
-            raise SystemExit(128 + number)
-        stop.set()
+    def __init__(self, stack: contextlib.AsyncExitStack) -> None:
+        self.stop, self.hurry = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+            stack.callback(loop.remove_signal_handler, number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
-        stack.callback(loop.remove_signal_handler, number)
-    return stop
+    def _on_signal(self) -> None:
+        (self.hurry if self.stop.is_set() else self.stop).set()
 
 
 def _print_ready(addresses: list[str], record: ShardRecord, throughput: Throughput, ready_s: float) -> None:

@@ -18,6 +18,7 @@ from node.shard import Shard
 from protos import node_pb2
 from swarm.errors import BadRequest, SwarmError
 from swarm.messages import (
+    MAX_HEADER_BYTES,
     PROTOCOL_MAJOR,
     Refused,
     decode_message,
@@ -76,12 +77,23 @@ class NodeService:
                     refusals += 1
                     log.info("request refused peer=%s reason=%s", stream.peer_id, error)
                     answer = encode_message(refusal_of(error))
-                await stream.send(answer)
+                if not await self._sent(stream, answer):
+                    return
             await stream.fail("too many refused requests on one stream")
         finally:
             if session is not None:
                 self.sessions.close(session)
                 log.info("session closed peer=%s session=%s", stream.peer_id, session.session_id.hex()[:8])
+
+    async def _sent(self, stream: FramedStream, answer: list[Buffer]) -> bool:
+        """Send an answer. False when the peer took none of it for so long that its session has expired."""
+        try:
+            async with asyncio.timeout(self.sessions.limits.idle_s):
+                await stream.send(answer)
+            return True
+        except TimeoutError:
+            log.info("stream not read peer=%s", stream.peer_id)
+            return False
 
     async def _next_message(self, stream: FramedStream, session: Session | None) -> bytes | None:
         """The peer's next message. None at the end of the stream, or when the peer was silent for too long."""
@@ -122,8 +134,7 @@ class NodeService:
             cache=self._shard.model.new_cache(hop),
         )
         self.sessions.add(session)
-        # Large enough for a full step with its mask and header, and one behind it.
-        stream.grow_window(2 * (max_tokens * (row_bytes + request.batch) + 65536))
+        stream.accept_messages_of(max_tokens * (row_bytes + request.batch) + MAX_HEADER_BYTES)
         log.info(
             "session opened peer=%s session=%s hop=%s batch=%d max_length=%d",
             stream.peer_id,
@@ -165,10 +176,13 @@ class NodeService:
         session.last_used = time.monotonic()
         if request.session_id != session.session_id:
             raise Refused(node_pb2.THE_SESSION_IS_UNKNOWN, "the step is for another session than the stream")
+        if not self.sessions.is_open(session):
+            raise Refused(node_pb2.THE_SESSION_IS_UNKNOWN, "this session ended when a step failed; open another")
         if session.answered == (request.session_version, request.position):
             return session.kept_reply
+        submitted = time.monotonic()
         try:
-            timed = await self._executor.run(lambda: self._compute(session, request, tensors))
+            reply = await self._executor.run(lambda: self._compute(session, request, tensors, submitted))
         except SwarmError:
             raise
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:  # torch's and transformers' own
@@ -179,21 +193,19 @@ class NodeService:
                 f"the step failed on this node ({type(error).__name__}); use another node",
             ) from error
         self.num_steps += 1
-        done = node_pb2.StepDone(
-            session_version=request.session_version,
-            position=session.cache.num_tokens,
-            compute_us=round(timed.compute_s * 1e6),
-            queue_us=round(timed.queue_s * 1e6),
-        )
-        outputs = [] if request.no_reply_tensor else [timed.value]
-        session.kept_reply = encode_message(node_pb2.Reply(step=done), outputs)
+        session.kept_reply = reply
         session.answered = (request.session_version, request.position)
         session.last_used = time.monotonic()
-        log.debug("step session=%s position=%d", session.session_id.hex()[:8], done.position)
-        return session.kept_reply
+        return reply
 
-    def _compute(self, session: Session, request: node_pb2.Step, tensors: list[Tensor]) -> Tensor:
-        """On the device thread: check everything, then change the cache. A refused step leaves the session as it was."""
+    def _compute(
+        self, session: Session, request: node_pb2.Step, tensors: list[Tensor], submitted: float
+    ) -> list[Buffer]:
+        """On the device thread: check everything, then change the cache, and encode the reply while all is warm.
+
+        A refused step leaves the session as it was.
+        """
+        started = time.monotonic()
         hidden, mask = self._checked_tensors(session, tensors)
         kept = session.cache.num_tokens
         if request.HasField("rewind_to"):
@@ -214,7 +226,13 @@ class NodeService:
         if len(rows):
             session.cache.reorder(rows)
         output = self._shard.model.forward(hidden.to(self._shard.model.dtype), session.cache, mask=mask)
-        return output.to(hidden.dtype)
+        done = node_pb2.StepDone(
+            session_version=request.session_version,
+            position=session.cache.num_tokens,
+            compute_us=round((time.monotonic() - started) * 1e6),
+            queue_us=round((started - submitted) * 1e6),
+        )
+        return encode_message(node_pb2.Reply(step=done), [] if request.no_reply_tensor else [output.to(hidden.dtype)])
 
     def _checked_tensors(self, session: Session, tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         if not 1 <= len(tensors) <= 2:
@@ -244,11 +262,13 @@ class NodeService:
         )
         return node_pb2.Reply(status=status)
 
-    async def drain(self, timeout_s: float) -> None:
-        """Admit no more sessions and wait until the open ones have ended, at most timeout_s."""
+    async def drain(self, timeout_s: float, hurry: asyncio.Event) -> None:
+        """Admit no more sessions and wait until the open ones have ended, at most timeout_s or until `hurry` is set."""
         self.sessions.leaving = True
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self.sessions.empty.wait()
-        except TimeoutError:
+        waiting = [asyncio.create_task(event.wait()) for event in (self.sessions.empty, hurry)]
+        await asyncio.wait(waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+        if self.sessions.sessions:
             log.warning("left with sessions open num_sessions=%d", len(self.sessions.sessions))

@@ -73,17 +73,23 @@ def obtain(root: Path, key: str, make: Callable[[Path], tuple[str, str]]) -> tup
     """
     folder = root / "models" / key
     lock_path = folder.with_suffix(".lock")
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
     try:
         lock_path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            lock = _lock(lock_path, shared=True)
             if (folder / ENTRY_FILE).is_file():
-                os.utime(lock_path)
-                return folder, Lease(lock)
-            lock.close()
-            with _lock(lock_path, shared=False):
-                if not (folder / ENTRY_FILE).is_file():
-                    _make_entry(folder, make)
+                lock = _lock(lock_path, shared=True, deadline=deadline)
+                if (folder / ENTRY_FILE).is_file():
+                    os.utime(lock_path)
+                    return folder, Lease(lock)
+                lock.close()  # pruned in between
+            try:
+                # Not waited for: whoever made the entry keeps a shared lock on it for as long as it is in use.
+                with _lock(lock_path, shared=False):
+                    if not (folder / ENTRY_FILE).is_file():
+                        _make_entry(folder, make)
+            except BlockingIOError:
+                _pause(lock_path, deadline)
     except OSError as error:
         raise _disk_error(root, error) from error
 
@@ -210,9 +216,8 @@ def _make_entry(folder: Path, make: Callable[[Path], tuple[str, str]]) -> None:
         raise
 
 
-def _lock(path: Path, *, shared: bool, wait: bool = True) -> IO[bytes]:
-    """An open, locked file. Raises BlockingIOError when it is taken and wait is false, UserError after LOCK_TIMEOUT_S."""
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
+def _lock(path: Path, *, shared: bool, deadline: float = 0.0) -> IO[bytes]:
+    """An open, locked file. Taken by others: tried again until the deadline, or BlockingIOError at once without one."""
     while True:
         lock = open(path, "ab")  # noqa: SIM115
         try:
@@ -222,21 +227,25 @@ def _lock(path: Path, *, shared: bool, wait: bool = True) -> IO[bytes]:
             lock.close()
         except BlockingIOError:
             lock.close()
-            if not wait:
+            if not deadline:
                 raise
-            if time.monotonic() > deadline:
-                raise UserError(f"another process has held {path} for too long: end it, then try again") from None
-            time.sleep(LOCK_POLL_S)
+            _pause(path, deadline)
         except BaseException:
             lock.close()
             raise
+
+
+def _pause(lock_path: Path, deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise UserError(f"another process has held {lock_path} for too long: end it, then try again")
+    time.sleep(LOCK_POLL_S)
 
 
 def _remove(folder: Path) -> bool:
     """Remove an entry or what is left of it, unless it is in use."""
     lock_path = folder.with_suffix(".lock")
     try:
-        with _lock(lock_path, shared=False, wait=False):
+        with _lock(lock_path, shared=False):
             (folder / ENTRY_FILE).unlink(missing_ok=True)
             for path in (folder, folder.with_suffix(".partial")):
                 if path.exists():
@@ -266,7 +275,7 @@ def _is_in_use(lock_path: Path) -> bool:
     if not lock_path.exists():
         return False
     try:
-        _lock(lock_path, shared=False, wait=False).close()
+        _lock(lock_path, shared=False).close()
     except BlockingIOError:
         return True
     return False

@@ -1,14 +1,16 @@
 """Decoder: how any transformers causal LM is cut into blocks and ends, without code for any family.
 
-The config is shrunk to the blocks that are wanted, the checkpoint's keys are renumbered, and the library's own from_pretrained builds the
-model; so fusing of experts, tying and dtypes stay the library's business. Used by the node (blocks) and the client (ends).
+The model's own class is built whole, but without memory (torch's meta device), and cut at the end of its constructor: blocks keep
+the index that they have in the whole model, and so whatever depends on it, while weights are only made for what is left. The library's
+own from_pretrained then loads the checkpoint's tensors, renumbered; fusing of experts, tying and dtypes stay its business. Used by the
+node (blocks) and the client (ends).
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -18,12 +20,20 @@ from swarm.errors import UserError
 from swarm.span import Span
 from swarm.terminal import quiet_libraries
 
+# What torch and transformers raise over a config or weights that they cannot use.
+LIBRARY_ERRORS = (RuntimeError, ValueError, KeyError, AttributeError, TypeError, IndexError, AssertionError)
+
 _NUMBERED = re.compile(r"(^|.*?\.)(\d+)(\..*)")
+# Masks and rotations that older versions of transformers saved with the weights; they are computed now.
+_OLD_BUFFER = re.compile(r".*(attn|attention)\.(bias|masked_bias)|.*\.inv_freq")
 _LAYER_COUNT_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-# Options by which a block computes something else depending on its index, which a shrunk model would count from 0.
-_INDEX_DEPENDENT = ("scale_attn_by_inverse_layer_idx",)
 # Layers whose state cannot be rewound: a session could not drop tokens, nor be rebuilt up to a position.
-_RECURRENT = ("linear_attention", "mamba", "recurrent", "conv", "ssm", "rwkv", "xlstm")
+_RECURRENT = ("linear_attention", "mamba", "recurrent", "conv", "ssm", "rwkv", "xlstm", "hybrid")
+# Options by which a block reads what was computed before the block before it.
+_ACROSS_BLOCKS = {
+    "num_kv_shared_layers": "some of its blocks use the keys and values of others",
+    "hidden_size_per_layer_input": "each of its blocks reads the token ids",
+}
 
 
 class BlockSource(Protocol):
@@ -41,15 +51,19 @@ class BlockSource(Protocol):
 
 def refuse_unfit(config: Any, name: str) -> None:
     """Raise UserError, with the reason, for models whose blocks cannot be served one span here and one there."""
+    kind = str(config.model_type)
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{name} ({config.model_type}) is an encoder-decoder; only decoder models can be served")
-    for option in _INDEX_DEPENDENT:
-        if getattr(config, option, False):
-            raise UserError(f"{name} uses {option}: its blocks depend on their index, so they cannot be cut into spans")
-    kinds = {str(kind) for kind in getattr(config, "layer_types", None) or []} | {str(config.model_type)}
-    recurrent = sorted(kind for kind in kinds if any(word in kind for word in _RECURRENT))
+        raise UserError(f"{name} ({kind}) is an encoder-decoder; only decoder models can be served")
+    if config.get_text_config() is not config:
+        raise UserError(f"{name} ({kind}) is made of several models; choose a checkpoint of its language model alone")
+    recurrent = _recurrent_kinds(config)
     if recurrent:
-        raise UserError(f"{name} has layers with recurrent state ({', '.join(recurrent)}), which cannot be rewound or replayed in part")
+        raise UserError(
+            f"{name} has layers with recurrent state ({', '.join(recurrent)}), which cannot be rewound or replayed in part"
+        )
+    for option, reason in _ACROSS_BLOCKS.items():
+        if getattr(config, option, None):
+            raise UserError(f"{name} ({kind}) cannot be cut into spans: {reason} ({option})")
 
 
 def find_blocks(base: nn.Module, num_blocks: int) -> tuple[str, nn.ModuleList]:
@@ -84,26 +98,71 @@ def renumber(tensors: Mapping[str, Tensor], first: int) -> dict[str, Tensor]:
     return renamed
 
 
-def build_model(config: Any, state_dict: dict[str, Tensor], *, dtype: torch.dtype, needed: Iterable[str], name: str) -> Any:
-    """The causal LM class of this config, in eval mode, with the weights of state_dict.
+def replace_blocks(base: Any, num_blocks: int, span: Span, blocks: Iterable[nn.Module]) -> list[Any]:
+    """Put other blocks, which stand for those of `span`, in the place of all blocks, with a config for them.
 
-    needed: parts of parameter names that must all have been in state_dict. Raises UserError naming up to three that are missing or unknown.
+    Returns the modules from base down to the one that has the list of blocks.
     """
+    *path, attribute = find_blocks(base, num_blocks)[0].split(".")
+    parents = [base]
+    for step in path:
+        parents.append(getattr(parents[-1], step))
+    setattr(parents[-1], attribute, nn.ModuleList(blocks))
+    shrunk = shrink_config(base.config, span)
+    for parent in parents:
+        if hasattr(parent, "config"):
+            parent.config = shrunk
+    return parents
+
+
+def build_model(
+    config: Any, state_dict: dict[str, Tensor], *, dtype: torch.dtype, cut: Callable[[Any], None], name: str
+) -> Any:
+    """The causal LM class of this config, cut, in eval mode, with the weights of state_dict.
+
+    cut: takes away from the built model (still without memory) what is not wanted.
+    Raises UserError naming up to three tensors of what was left that state_dict lacks, or that it has too many.
+    """
+    whole = _causal_lm_class(config, name)
+
+    class Cut(whole):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            cut(self)
+
+    # transformers finds conversions of old checkpoints by the names of classes.
+    Cut.__name__, Cut.__qualname__, Cut.__module__ = whole.__name__, whole.__qualname__, whole.__module__
+    try:
+        with quiet_libraries():
+            model, report = Cut.from_pretrained(
+                None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True
+            )
+    except LIBRARY_ERRORS as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"the weights of {name} do not fit its config: {reason}") from error
+    model.__class__ = whole
+    missing = sorted(report["missing_keys"])
+    unexpected = sorted(key for key in report["unexpected_keys"] if not _OLD_BUFFER.fullmatch(key))
+    mismatched = [str(key) for key in report["mismatched_keys"]]
+    if missing or unexpected or mismatched:
+        raise UserError(
+            f"the weights of {name} do not fit its config: missing {missing[:3]}, unexpected {unexpected[:3]}, of other shape {mismatched[:3]}"
+        )
+    return model.eval()
+
+
+def _recurrent_kinds(config: Any) -> list[str]:
+    """What says that some blocks keep a recurrent state: the kinds of layers or, where there are none, other parts of the config."""
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if not kinds:
+        kinds = {config.model_type, *(key for key in config.to_dict() if key.startswith(("mamba_", "ssm_")))}
+    return sorted(str(kind) for kind in kinds if any(word in str(kind) for word in _RECURRENT))[:3]
+
+
+def _causal_lm_class(config: Any, name: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        kind = AutoModelForCausalLM._model_mapping[type(config)]
+        return AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
         raise UserError(f"transformers has no causal language model for {config.model_type} ({name})") from None
-    try:
-        with quiet_libraries():
-            model, report = kind.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True)
-    except (RuntimeError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"the weights of {name} do not fit its config: {str(error).splitlines()[0][:200]}") from error
-    wanted = tuple(needed)
-    missing = sorted(key for key in report["missing_keys"] if any(part in key for part in wanted))
-    mismatched = [str(key) for key in report["mismatched_keys"]]
-    unexpected = sorted(report["unexpected_keys"])
-    if missing or unexpected or mismatched:
-        raise UserError(f"the weights of {name} do not fit its config: missing {missing[:3]}, unexpected {unexpected[:3]}, of other shape {mismatched[:3]}")
-    return model.eval()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from swarm.span import Span
 
-_MULTIADDR = re.compile(r"(/(ip4|ip6|dns|dns4|dns6)/[^/\s]+/(tcp|udp)/\d{1,5}[^\s]*)")
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_MULTIADDR = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/\s]+)/(tcp|udp)/(\d{1,5})(/\S+)?")
 
 
 class BlocksType(click.ParamType[Span]):
@@ -40,9 +43,21 @@ class MultiaddrType(click.ParamType[str]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         text = str(value).strip()
         example = "/ip4/203.0.113.7/tcp/31337" + ("/p2p/12D3KooW..." if self._peer else "")
-        if not _MULTIADDR.fullmatch(text) or (self._peer and not re.search(r"/p2p/[1-9A-HJ-NP-Za-km-z]{32,}$", text)):
+        if not _is_multiaddr(text) or (self._peer and not re.search(r"/p2p/[1-9A-HJ-NP-Za-km-z]{32,}$", text)):
             self.fail(f"{text!r} is not a multiaddr such as {example}", param, ctx)
         return text
+
+
+def _is_multiaddr(text: str) -> bool:
+    match = _MULTIADDR.fullmatch(text)
+    if match is None or int(match[4]) > 65535:
+        return False
+    if match[1] not in ("ip4", "ip6"):
+        return True
+    try:
+        return f"ip{ipaddress.ip_address(match[2]).version}" == match[1]
+    except ValueError:
+        return False
 
 
 def split_commas(_: click.Context, __: click.Parameter, values: Sequence[str]) -> tuple[str, ...]:
@@ -62,7 +77,7 @@ def addresses(ctx: click.Context, param: click.Parameter, values: Sequence[str])
     return tuple(kind.convert(value, param, ctx) for value in split_commas(ctx, param, values))
 
 
-def initial_peers_option(*, required: bool) -> Any:
+def initial_peers_option(*, required: bool) -> Callable[[Command], Command]:
     """--initial-peers, also from SHARDSWARM_INITIAL_PEERS."""
     return click.option(
         "--initial-peers",

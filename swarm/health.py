@@ -14,6 +14,7 @@ class _PeerHealth:
     failures: int = 0
     banned_until: float = 0.0
     round_trip_s: float | None = None
+    worked: bool = False
 
 
 @dataclass(slots=True)
@@ -36,7 +37,7 @@ class Health:
 
     def succeeded(self, peer_id: str, *, round_trip_s: float | None = None) -> None:
         peer = self._of(peer_id)
-        peer.failures, peer.banned_until = 0, 0.0
+        peer.failures, peer.banned_until, peer.worked = 0, 0.0, True
         if round_trip_s is not None:
             old = peer.round_trip_s
             peer.round_trip_s = round_trip_s if old is None else 0.8 * old + 0.2 * round_trip_s
@@ -44,6 +45,11 @@ class Health:
     def is_banned(self, peer_id: str, *, now: float) -> bool:
         peer = self.peers.get(peer_id)
         return peer is not None and now < peer.banned_until
+
+    def has_worked(self, peer_id: str) -> bool:
+        """Whether this peer ever did what we asked."""
+        peer = self.peers.get(peer_id)
+        return peer is not None and peer.worked
 
     def round_trip_s(self, peer_id: str) -> float | None:
         peer = self.peers.get(peer_id)

@@ -19,6 +19,8 @@ from swarm.span import Span
 MAX_RECORD_BYTES = 2048
 MAX_LIFETIME_S = 300
 MAX_ADDRESSES = 8
+# A record names a key for each of its blocks: without a bound a record of a hundred bytes could name four billion.
+MAX_BLOCKS = 1024
 NUM_PEER_BUCKETS = 16
 _SIGNATURE_TAG = b"shardswarm ShardRecord 1\0"
 
@@ -63,6 +65,8 @@ class ShardRecord:
         rates = (self.decode_s_per_block, self.prefill_tokens_per_s)
         if len(self.model_digest) != DIGEST_BYTES or any(len(d) != DIGEST_BYTES for d in self.block_digests):
             return f"digests must have {DIGEST_BYTES} bytes"
+        if self.num_blocks > MAX_BLOCKS:
+            return f"{self.num_blocks} blocks, at most {MAX_BLOCKS} are allowed"
         if self.span.end > self.num_blocks:
             return f"span {self.span} exceeds {self.num_blocks} blocks"
         if len(self.block_digests) != len(self.span) and (online or self.block_digests):

@@ -44,17 +44,31 @@ class TensorLimits:
         if not fits:
             wanted = ", ".join("any" if size is None else str(size) for size in self.shape)
             raise BadRequest(f"{self.name}: shape [{wanted}] is needed, got {list(tensor.shape)}")
-        if tensor.dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
+        if tensor.dtype.is_floating_point and not is_finite(tensor):
             raise BadRequest(f"{self.name}: holds NaN or infinite values")
         return tensor
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a floating tensor holds neither NaN nor infinity.
+
+    A finite sum proves it in one pass; only a sum that is not (which may be an overflow) needs the element-wise look.
+    """
+    return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+
+
 def encode_tensor(tensor: Tensor) -> tuple[tensor_pb2.TensorHeader, memoryview]:
     """Header and raw little-endian bytes. The bytes are a view of a contiguous CPU tensor, not a copy."""
-    plain = tensor.detach().to("cpu").contiguous()
+    plain = tensor.detach() if tensor.requires_grad else tensor
+    if plain.device.type != "cpu" or not plain.is_contiguous():
+        plain = plain.to("cpu").contiguous()
     header = tensor_pb2.TensorHeader(dtype=_TO_WIRE[plain.dtype], codec=tensor_pb2.RAW, shape=plain.shape)
-    raw: memoryview = plain.reshape(-1).view(torch.uint8).numpy().data
-    return header, raw
+    if plain.numel() == 0:
+        return header, memoryview(b"")
+    if plain.dtype is torch.bfloat16:  # which numpy does not know
+        plain = plain.view(torch.int16)
+    values: memoryview = plain.numpy().data
+    return header, values.cast("B")
 
 
 def num_bytes(header: tensor_pb2.TensorHeader) -> int:
@@ -76,7 +90,8 @@ def decode_tensors(headers: Sequence[tensor_pb2.TensorHeader], payload: memoryvi
     for header, size in zip(headers, sizes, strict=True):
         dtype = _FROM_WIRE[header.dtype]
         if size == 0:
-            tensors.append(torch.empty(tuple(header.shape), dtype=dtype))
+            # torch refuses to make an empty tensor whose other sizes overflow when multiplied
+            tensors.append(torch.empty(tuple(min(length, 2**15) for length in header.shape), dtype=dtype))
             continue
         part = bytearray(payload[offset : offset + size])  # a copy: aligned, writable and independent of the message
         if dtype is torch.bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -31,7 +32,13 @@ class ProgressBar:
     def __enter__(self) -> ProgressBar:
         if self._wanted:
             self._bar = importlib.import_module("tqdm").tqdm(
-                desc=self.label, total=self.total, unit=self.unit, unit_scale=True, leave=False, file=sys.stderr
+                desc=self.label,
+                total=self.total,
+                unit=self.unit,
+                unit_scale=True,
+                leave=False,
+                file=sys.stderr,
+                ncols=_columns(),
             )
         return self
 
@@ -65,9 +72,16 @@ def bar_class(label: str, *, wanted: bool | None = None) -> type[Any]:
     class LabelledBar(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
             options.pop("name", None)
-            super().__init__(*args, **{**options, "desc": label, "leave": False, "disable": disabled})
+            super().__init__(
+                *args, **{**options, "desc": label, "leave": False, "disable": disabled, "ncols": _columns()}
+            )
 
     return LabelledBar
+
+
+def _columns() -> int:
+    """Width to draw in. Terminals of containers often say that they have none, and then tqdm draws nothing."""
+    return min(100, shutil.get_terminal_size().columns)
 
 
 @contextmanager

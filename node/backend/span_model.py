@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from swarm.decoder import BlockSource, build_model, find_blocks, refuse_unfit, renumber, shrink_config
+from swarm.decoder import LIBRARY_ERRORS, BlockSource, build_model, find_blocks, refuse_unfit, renumber, replace_blocks
 from swarm.errors import BadRequest, UserError
 from swarm.span import Span
-
-# Tables of learned positions: whoever holds the ends has added them already.
-_POSITION_TABLES = ("wpe", "embed_positions", "position_embedding", "position_embeddings")
+from swarm.terminal import quiet_libraries
 
 
 class SpanModel:
@@ -39,19 +38,36 @@ class SpanModel:
         """
         refuse_unfit(checkpoint.config, checkpoint.name)
         self.span, self.dtype, self.device = span, dtype, torch.device(device)
+        self.hidden_size = int(checkpoint.config.hidden_size)
         tensors = checkpoint.load_blocks(span) if state_dict is None else state_dict
         renamed = renumber(tensors, span.start)
         tensors.clear()
-        self._base = _blocks_only(shrink_config(checkpoint.config, span), renamed, dtype, checkpoint.name).to(self.device)
-        self.hidden_size = int(checkpoint.config.hidden_size)
+        config = copy.deepcopy(checkpoint.config)
+        config.tie_word_embeddings = False
+
+        def cut(model: Any) -> None:
+            _keep_blocks(model, checkpoint.num_blocks, span)
+
+        model = build_model(config, renamed, dtype=dtype, cut=cut, name=checkpoint.name)
+        self._base = model.base_model.requires_grad_(False).to(self.device)
         self._takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
-        self._views: dict[Span, Any] = {span: self._base}
+        self._enters_late = False  # whether the base model changes hidden states on their way to the first block
+        self._views: dict[Span, _View] = {}
+        try:
+            with quiet_libraries(), torch.inference_mode():
+                misfit = self._find_misfit()
+        except LIBRARY_ERRORS as error:
+            misfit = f"its blocks do not run alone ({(str(error).splitlines() or [type(error).__name__])[0][:160]})"
+        if misfit is not None:
+            raise UserError(
+                f"{checkpoint.name} ({config.model_type}) cannot be served in spans: {misfit}; choose another model"
+            )
 
     def new_cache(self, hop: Span) -> SpanCache:
         """An empty cache for the blocks of a hop within the span. BadRequest if it is not."""
         if not self.span.covers(hop):
             raise BadRequest(f"hop {hop} is not in the span {self.span}")
-        return SpanCache(hop, first_layer=hop.start - self.span.start)
+        return SpanCache(hop)
 
     def forward(self, hidden_BTH: Tensor, cache: SpanCache, *, mask: Tensor | None = None) -> Tensor:
         """Append T tokens to the cache and return the hidden states after the hop's last block, [B, T, H].
@@ -63,20 +79,24 @@ class SpanModel:
                 f"hidden states must be {self.dtype} [batch, tokens, {self.hidden_size}], got {hidden_BTH.dtype} {list(hidden_BTH.shape)}"
             )
         batch, num_new = hidden_BTH.shape[:2]
-        past = cache.num_tokens
-        attention_mask, positions = cache.extend_mask(mask, batch, num_new)
-        options: dict[str, Any] = {"position_ids": positions.to(self.device)} if self._takes_positions else {}
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, num_new)):
+            raise BadRequest(f"the mask must be bool [{batch}, {num_new}], got {mask.dtype} {list(mask.shape)}")
+        view = self._views.get(cache.hop) or self._new_view(cache.hop)
         with torch.inference_mode():
-            output = self._view(cache.hop)(
-                inputs_embeds=hidden_BTH.to(self.device),
+            attention_mask, positions = cache.extend_mask(mask, batch, num_new)
+            hidden_BTH = hidden_BTH.to(self.device)
+            if view.entry is not None:
+                view.entry.given = hidden_BTH
+            options: dict[str, Any] = {"position_ids": positions.to(self.device)} if self._takes_positions else {}
+            output: Tensor = view.base(
+                inputs_embeds=hidden_BTH,
                 attention_mask=None if attention_mask is None else attention_mask.to(self.device),
                 past_key_values=cache.layers,
                 use_cache=True,
                 **options,
             )[0]
-        cache.num_tokens = past + num_new
-        result: Tensor = output.to("cpu")
-        return result
+        cache.num_tokens += num_new
+        return output.to("cpu")
 
     def cache_bytes_per_token(self) -> int:
         """Bytes that one token of one row takes in the cache of one block, measured."""
@@ -84,136 +104,187 @@ class SpanModel:
         self.forward(torch.zeros(1, 8, self.hidden_size, dtype=self.dtype), cache)
         return -(-cache.num_bytes // (8 * len(self.span)))
 
-    def _view(self, hop: Span) -> Any:
-        """The model of only the hop's blocks; shares all modules with the whole."""
-        if hop not in self._views:
-            local = Span(hop.start - self.span.start, hop.end - self.span.start)
-            view = _copied_down_to_blocks(self._base, len(self.span), local)
-            self._views[hop] = view
+    def _new_view(self, hop: Span) -> _View:
+        self._views[hop] = _View(self._base, self.span, hop, self._enters_late)
         return self._views[hop]
+
+    def _find_misfit(self) -> str | None:
+        """Why this family's blocks, run one after another, are not the model; None if they are. Tried on random hidden states."""
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(1, 4, self.hidden_size, generator=generator).to(self.dtype)
+        passed = self._trace(probe)
+        if not _same(passed[0][0].to("cpu"), probe):
+            self._enters_late = True
+            self._views.clear()
+            passed = self._trace(probe)
+        if not all(_same(after, before) for (_, after), (before, _) in itertools.pairwise(passed)):
+            return "it computes something between its blocks"
+        cache = self.new_cache(self.span)
+        output = self.forward(probe, cache)
+        if not _same(output, passed[-1][1].to("cpu")):
+            return "it computes something after its blocks that cannot be cut off"
+        if not cache.is_complete:
+            return "its blocks do not keep keys and values of their own for every token"
+        changed = probe.clone()
+        changed[:, -1] *= -2
+        difference = self.forward(changed, self.new_cache(self.span))[:, :-1] - output[:, :-1]
+        # Not bit-equal where experts get other batches, but a block that looks ahead differs in the first digits.
+        tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
+        return "its tokens depend on later ones" if difference.abs().max() > tolerance * output.abs().max() else None
+
+    def _trace(self, probe: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What each block of the span received and returned in one forward."""
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def note(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+            given = args[0] if args else options["hidden_states"]
+            seen.append((given, output if isinstance(output, Tensor) else output[0]))
+
+        _, blocks = find_blocks(self._base, len(self.span))
+        hooks = [block.register_forward_hook(note, with_kwargs=True) for block in blocks]
+        try:
+            self.forward(probe, self.new_cache(self.span))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
 
 
 class SpanCache:
     """Keys and values of a session on one hop: num_tokens for each row, and which of them are real."""
 
-    def __init__(self, hop: Span, first_layer: int) -> None:
+    def __init__(self, hop: Span) -> None:
         self.hop = hop
         self.num_tokens = 0
-        self.layers = _OffsetCache(first_layer)
+        self.layers = _OffsetCache(hop.start)
         self._mask: Tensor | None = None  # bool [B, num_tokens]; None while every token is real
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all keys and values."""
-        tensors = [tensor for layer in self.layers.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
+        tensors = [
+            tensor for layer in self.layers.layers if layer.is_initialized for tensor in (layer.keys, layer.values)
+        ]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every block of the hop has keys and values for every token."""
+        return [layer.get_seq_length() for layer in self.layers.layers] == [self.num_tokens] * len(self.hop)
 
     def rewind(self, position: int) -> None:
         """Forget all tokens from position on."""
         if not 0 <= position <= self.num_tokens:
             raise BadRequest(f"cannot rewind to {position}: the cache holds {self.num_tokens} tokens")
         if position == 0:
-            self.layers = _OffsetCache(self.layers.first_layer)
+            self.layers = _OffsetCache(self.hop.start)
         elif position < self.num_tokens:
             self.layers.crop(position - self.num_tokens)
-        self._mask = None if self._mask is None else self._mask[:, :position]
+        self._mask = None if self._mask is None or position == 0 else self._mask[:, :position]
         self.num_tokens = position
 
     def reorder(self, rows: Tensor) -> None:
         """Row r becomes what row rows[r] was. rows: int64 [B]."""
         if self.num_tokens == 0:
             return
-        self.layers.batch_select_indices(rows)
-        self._mask = None if self._mask is None else self._mask[rows]
+        with torch.inference_mode():
+            self.layers.batch_select_indices(rows)
+            self._mask = None if self._mask is None else self._mask[rows]
 
     def extend_mask(self, new: Tensor | None, batch: int, num_new: int) -> tuple[Tensor | None, Tensor]:
         """Take note of which new tokens are real. (attention mask [B, past + T] or None, positions [B or 1, T]) for them."""
         past = self.num_tokens
         if new is None and self._mask is None:
             return None, torch.arange(past, past + num_new)[None]
-        old = torch.ones(batch, past, dtype=torch.bool) if self._mask is None else self._mask
+        old = torch.ones(batch, past, dtype=torch.bool) if self._mask is None else self._mask[:, :past]
         fresh = torch.ones(batch, num_new, dtype=torch.bool) if new is None else new
-        whole = torch.cat([old, fresh], dim=1)
-        self._mask = whole
-        return whole.long(), (whole.long().cumsum(1) - 1).clamp_min(0)[:, past:]
+        self._mask = torch.cat([old, fresh], dim=1)
+        attention_mask = self._mask.long()
+        return attention_mask, (attention_mask.cumsum(1) - 1).clamp_min(0)[:, past:]
 
 
 class _OffsetCache(DynamicCache):  # type: ignore[misc]
-    """A DynamicCache for blocks that know themselves by their index in the shard, while it holds only those of the hop."""
+    """A DynamicCache for blocks that know themselves by their index in the model, while it holds only those of the hop."""
 
-    def __init__(self, first_layer: int) -> None:
+    def __init__(self, first_block: int) -> None:
         super().__init__()  # without the config: full-length layers, which can be rewound even where attention slides
-        self.first_layer = first_layer
+        self.first_block = first_block
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        return super().update(key_states, value_states, layer_idx - self.first_layer, *args, **kwargs)
+        return super().update(key_states, value_states, layer_idx - self.first_block, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        # Base models ask for "the" length as that of layer 0, blocks for their own.
+        return int(super().get_seq_length(max(layer_idx - self.first_block, 0)))
 
 
-class _ZeroTable(nn.Module):
-    """Stands where a table of learned positions was."""
+class _View:
+    """The model of only a hop's blocks; it shares all modules with the whole span."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, base: Any, span: Span, hop: Span, enters_late: bool) -> None:
+        local = Span(hop.start - span.start, hop.end - span.start)
+        name, blocks = find_blocks(base, len(span))
+        first, *rest = list(blocks)[local.start : local.end]
+        self.entry = _Entry(first) if enters_late else None
+        self.base = parent = _copy_shallowly(base)
+        for step in name.split(".")[:-1]:
+            child = _copy_shallowly(getattr(parent, step))
+            setattr(parent, step, child)
+            parent = child
+        replace_blocks(self.base, len(span), local, [self.entry or first, *rest])
+
+
+class _Entry(nn.Module):
+    """Stands for the first block where the base model changes what it is given (a scale, say) before that gets there."""
+
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.register_buffer("zero", torch.zeros(1, 1, 1, dtype=dtype), persistent=False)
+        self.block = block
+        self.given: Tensor | None = None
 
-    def forward(self, *_: Any, **__: Any) -> Tensor:
-        zero: Tensor = self.zero  # type: ignore[assignment]
-        return zero
+    def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+        return self.block(self.given, *args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
 
 
-def _blocks_only(config: Any, state_dict: dict[str, Tensor], dtype: torch.dtype, name: str) -> Any:
-    """The base model with these blocks, in which everything else does nothing but rotary tables."""
-    config.vocab_size, config.tie_word_embeddings = 4, False
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = 0
-    count = config.num_hidden_layers
-    model = build_model(config, state_dict, dtype=dtype, needed=_block_prefixes(config, count), name=name)
+class _Nothing(nn.Module):
+    """Stands where a norm was, and returns what it is given, or a table of positions, and returns zero whatever it is asked."""
+
+    def __init__(self, replaced: nn.Module) -> None:
+        super().__init__()
+        self._is_table = isinstance(replaced, nn.Embedding)
+
+    def forward(self, given: Any = None, *_: Any, **__: Any) -> Any:
+        is_hidden = isinstance(given, Tensor) and given.is_floating_point() and given.ndim == 3
+        if is_hidden and not self._is_table:
+            return given
+        # Of the one type that takes no other with it when it is added.
+        return torch.zeros(1, 1, 1, dtype=torch.bool, device=given.device if isinstance(given, Tensor) else None)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal to the bit; broken weights (NaN) are for the caller of SpanModel to find."""
+    return one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def _copy_shallowly(module: Any) -> Any:
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
+
+
+def _keep_blocks(model: Any, num_blocks: int, span: Span) -> None:
+    """Leave of a causal LM only the blocks of the span, and tables of rotations; all else does nothing."""
     base = model.base_model
-    blocks_name, blocks = find_blocks(base, count)
-    parent = base.get_submodule(blocks_name.rpartition(".")[0])
-    for child, module in list(parent.named_children()):
-        if module is not blocks and "rotary" not in child:
-            setattr(parent, child, _ZeroTable(dtype) if child in _POSITION_TABLES else nn.Identity())
-    _check_that_only_blocks_compute(base, parent, blocks_name.rpartition(".")[2], dtype, int(config.hidden_size), name)
-    return base.requires_grad_(False)
-
-
-def _block_prefixes(config: Any, count: int) -> list[str]:
-    """The parts of parameter names that belong to blocks, such as ".layers."; found on a model without memory."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config).base_model
-    return [f"{find_blocks(base, count)[0].rpartition('.')[2]}."]
-
-
-def _check_that_only_blocks_compute(base: Any, parent: nn.Module, attribute: str, dtype: torch.dtype, hidden_size: int, name: str) -> None:
-    """Without its blocks the cut model must return what it is given; else this family does something that belongs to the ends."""
-    blocks = getattr(parent, attribute)
-    probe = torch.randn(1, 3, hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    setattr(parent, attribute, nn.ModuleList())
-    try:
-        with torch.inference_mode():
-            output = base(inputs_embeds=probe, use_cache=False)[0]
-    finally:
-        setattr(parent, attribute, blocks)
-    if output.shape != probe.shape or not torch.equal(output, probe):
-        raise UserError(f"{name} ({base.config.model_type}) computes something between its embedding and its blocks that cannot be cut off; it cannot be served")
-
-
-def _copied_down_to_blocks(base: Any, count: int, local: Span) -> Any:
-    """A copy of base that shares every module but has only the blocks of `local`, and a config for them."""
-    blocks_name, blocks = find_blocks(base, count)
-    view = copy.copy(base)
-    view._modules = dict(base._modules)
-    view.config = shrink_config(base.config, local)
-    parent = view
-    *path, attribute = blocks_name.split(".")
-    for step in path:
-        child = copy.copy(getattr(parent, step))
-        child._modules = dict(child._modules)
-        if hasattr(child, "config"):
-            child.config = view.config
-        setattr(parent, step, child)
-        parent = child
-    setattr(parent, attribute, nn.ModuleList(list(blocks)[local.start : local.end]))
-    return view
+    _, blocks = find_blocks(base, num_blocks)
+    parents = replace_blocks(base, num_blocks, span, list(blocks)[span.start : span.end])
+    chain = [*parents, find_blocks(base, len(span))[1]]
+    for parent in dict.fromkeys([model, *parents]):
+        for name, child in list(parent.named_children()):
+            if all(child is not kept for kept in chain) and "rotary" not in name:
+                setattr(parent, name, _Nothing(child))

@@ -41,9 +41,19 @@ class LoopThread:
 
     def close(self) -> None:
         if not self.loop.is_closed():
+            self.run(_end_other_tasks())
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join()
             self.loop.close()
+
+
+async def _end_other_tasks() -> None:
+    """hivemind leaves tasks of its own behind; a loop that closes over them says so on stderr."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    if others:
+        await asyncio.wait(others, timeout=5)
 
 
 class Swarm:

@@ -1,8 +1,8 @@
 """Ends: token embedding, final norm and head of a model, computed by the family's own code.
 
-The whole causal LM is built with one block, and a relay is put in the place of its list of blocks. To embed, the relay catches what
-the first block would receive; for logits, it hands in what the last block returned. Scales, learned positions, an embedding norm or
-capped logits are thus whatever the family does. B batch rows, T tokens, H hidden size, V vocabulary.
+The whole causal LM is built without its blocks: a relay stands in their place. To embed, the relay catches what the first block would
+receive; for logits, it hands in what the last block returned. Scales, learned positions, an embedding norm or capped logits are thus
+whatever the family does. B batch rows, T tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swarm.decoder import BlockSource, build_model, find_blocks, refuse_unfit, shrink_config
-from swarm.errors import UserError
+from swarm.decoder import LIBRARY_ERRORS, BlockSource, build_model, find_blocks, refuse_unfit, replace_blocks
+from swarm.errors import BadRequest, UserError
 from swarm.span import Span
 from swarm.terminal import quiet_libraries
 
@@ -24,21 +24,38 @@ class Ends:
 
     def __init__(self, checkpoint: BlockSource, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         """Raises UserError for a model that cannot be cut, or whose ends are missing."""
-        refuse_unfit(checkpoint.config, checkpoint.name)
-        config = shrink_config(checkpoint.config, Span(0, 1))
-        self.dtype = dtype
-        self.module: Any = _build(config, checkpoint, dtype).to(device)
-        base = self.module.base_model
-        blocks_name, blocks = find_blocks(base, 1)
-        parent = base.get_submodule(blocks_name.rpartition(".")[0])
-        self._relay = _Relay(_extra_outputs(base, blocks[0]))
-        setattr(parent, blocks_name.rpartition(".")[2], nn.ModuleList([self._relay]))
-        self._base = base
-        self._takes_positions = "position_ids" in inspect.signature(base.forward).parameters
-        self.hidden_size = int(checkpoint.config.hidden_size)
+        config = checkpoint.config
+        refuse_unfit(config, checkpoint.name)
+        self.dtype, self.device = dtype, torch.device(device)
+        self.hidden_size, self._vocab_size = int(config.hidden_size), int(config.vocab_size)
+        relays: list[_Relay] = []
+
+        def cut(model: Any) -> None:
+            _, blocks = find_blocks(model.base_model, checkpoint.num_blocks)
+            relays.append(_Relay(blocks[0]))
+            replace_blocks(model.base_model, checkpoint.num_blocks, Span(0, 1), relays)
+
+        self.module: Any = build_model(config, checkpoint.load_ends(), dtype=dtype, cut=cut, name=checkpoint.name)
+        self.module.to(self.device)
+        (self._relay,) = relays
+        self._base = self.module.base_model
+        self._takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
         # The long way costs a model's worth of Python per token; where a short cut gives the very same bits it is taken.
-        self._embeds_directly = self._may_embed_directly()
-        self._norm = self._find_norm(parent)
+        self._embeds_directly = False
+        self._norm: nn.Module | None = None
+        with torch.inference_mode(), quiet_libraries():
+            probe = torch.randn(2, 3, self.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+            probe = probe.to(self.device)
+            if not self._find_shape_of_block_outputs(probe):
+                raise UserError(
+                    f"{checkpoint.name} ({config.model_type}) cannot be served: its ends do not run without its blocks"
+                )
+            if not self._may_embed_in_parts():
+                raise UserError(
+                    f"{checkpoint.name} ({config.model_type}) cannot be served: tokens cannot be embedded at a given position"
+                )
+            self._norm = self._find_norm(probe)
+            self._embeds_directly = self._may_embed_directly()
 
     @property
     def input_embeddings(self) -> nn.Module:
@@ -52,54 +69,79 @@ class Ends:
         module: nn.Module | None = self.module.get_output_embeddings()
         return module
 
-    def embed(self, input_ids: Tensor | None, *, position: int = 0, mask: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
+    def embed(
+        self,
+        input_ids: Tensor | None,
+        *,
+        position: int = 0,
+        mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
         """What the first block receives for T new tokens after `position` earlier ones: [B, T, H].
 
         input_ids: int64 [B, T], or inputs_embeds [B, T, H]. mask: bool [B, position + T] over all tokens; None if every one is real.
         """
         given = input_ids if input_ids is not None else inputs_embeds
-        assert given is not None
+        if given is None:
+            raise BadRequest("give either input_ids or inputs_embeds")
+        given = given.to(self.device)
         if self._embeds_directly:
-            embedded: Tensor = inputs_embeds if inputs_embeds is not None else self.input_embeddings(input_ids)
+            embedded: Tensor = given if input_ids is None else self.input_embeddings(given)
             return embedded
         num_new = given.shape[1]
         options: dict[str, Any] = {}
-        if self._takes_positions:
-            if mask is None:
-                options["position_ids"] = torch.arange(position, position + num_new, device=given.device)[None]
-            else:
-                options["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)[:, position:].to(given.device)
-        self._relay.caught = None
-        self._relay.catching = True
+        if self._takes_positions and mask is None:
+            options["position_ids"] = torch.arange(position, position + num_new, device=self.device)[None]
+        elif self._takes_positions and mask is not None:
+            options["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)[:, position:].to(self.device)
+        options["inputs_embeds" if input_ids is None else "input_ids"] = given
+        self._relay.injected = None
         try:
-            self._base(input_ids=input_ids, inputs_embeds=inputs_embeds, use_cache=False, **options)
-        except _Caught:
-            pass
-        finally:
-            self._relay.catching = False
-        caught, self._relay.caught = self._relay.caught, None
-        if caught is None:
-            raise UserError("this model does not run its blocks one after another; it cannot be served")
-        return caught
+            self._base(use_cache=False, **options)
+        except _Caught as caught:
+            return caught.hidden
+        raise UserError("this model does not run its blocks one after another; it cannot be served")
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, T, V] for what the last block returned, [B, T, H]."""
+        hidden = hidden.to(self.device)
         if self._norm is not None:
             direct: Tensor = self.lm_head(self._norm(hidden))  # type: ignore[misc]
             return direct
         self._relay.injected = hidden
+        placeholder = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         try:
-            output: Tensor = self.module(inputs_embeds=hidden, use_cache=False).logits
+            output: Tensor = self.module(input_ids=placeholder, use_cache=False).logits
         finally:
             self._relay.injected = None
         return output
 
-    @torch.inference_mode()
+    def _find_shape_of_block_outputs(self, probe: Tensor) -> bool:
+        """Find out whether this family's blocks return a plain tensor or a tuple: with the wrong one, logits have a wrong shape."""
+        for num_extra_outputs in (None, 0, 1, 2):
+            self._relay.num_extra_outputs = num_extra_outputs
+            try:
+                logits = self.logits(probe)
+            except LIBRARY_ERRORS:
+                continue
+            if logits.ndim == 3 and logits.shape[:2] == probe.shape[:2]:
+                return True
+        return False
+
+    def _may_embed_in_parts(self) -> bool:
+        """Whether tokens get the same embedding alone as after others (but for rounding, if a projection follows)."""
+        ids = torch.arange(5, device=self.device)[None] % self._vocab_size
+        whole, tail = self.embed(ids), self.embed(ids[:, 3:], position=3)
+        if whole.shape != (1, 5, self.hidden_size):
+            return False
+        error = (whole[:, 3:] - tail).abs().max() / whole.abs().max()
+        return float(error) < (1e-4 if self.dtype == torch.float32 else 1e-2)
+
     def _may_embed_directly(self) -> bool:
         """Whether the embedding is all that stands before the blocks: tried on random tokens, embeddings, positions and padding."""
-        self._embeds_directly = False
-        ids = torch.randint(0, self.input_embeddings.weight.shape[0], (2, 5), generator=torch.Generator().manual_seed(0))
-        embeds = torch.randn(2, 5, self.hidden_size).to(self.dtype)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, self._vocab_size, (2, 5), generator=generator).to(self.device)
+        embeds = torch.randn(2, 5, self.hidden_size, generator=generator).to(self.device, self.dtype)
         mask = torch.ones(2, 8, dtype=torch.bool)
         mask[0, :4] = False
         return all(
@@ -108,64 +150,44 @@ class Ends:
             for m in (None, mask)
         )
 
-    @torch.inference_mode()
-    def _find_norm(self, parent: nn.Module) -> nn.Module | None:
+    def _find_norm(self, probe: Tensor) -> nn.Module | None:
         """The module that with the head after it gives the very logits of the long way, if there is one."""
-        self._norm = None
-        if self.lm_head is None:
-            return None
-        hidden = torch.randn(2, 3, self.hidden_size).to(self.dtype)
-        expected = self.logits(hidden)
-        for module in parent.children():
+        expected = self.logits(probe)
+        module: nn.Module
+        for module in self._base.modules():
             parameters = list(module.parameters())
-            if parameters and all(parameter.shape == (self.hidden_size,) for parameter in parameters):
-                if torch.equal(self.lm_head(module(hidden)), expected):
-                    return module
+            is_norm = parameters and all(parameter.shape == (self.hidden_size,) for parameter in parameters)
+            if is_norm and self.lm_head is not None and torch.equal(self.lm_head(module(probe)), expected):
+                return module
         return None
 
 
-class _Caught(Exception):  # noqa: N818
+class _Caught(Exception):
     """Ends a forward once the relay has what the first block would receive."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
 
 
 class _Relay(nn.Module):
-    """Stands in the place of all blocks."""
+    """Stands in the place of all blocks; to code that only looks at it, it is the first of them."""
 
-    def __init__(self, extra_outputs: tuple[Any, ...] | None) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self._extra_outputs = extra_outputs
-        self.catching = False
-        self.caught: Tensor | None = None
+        self._block = (block,)  # in a tuple, so that its weights are none of the model's
+        self.num_extra_outputs: int | None = None
         self.injected: Tensor | None = None
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        if self.catching:
-            self.caught = hidden_states
-            raise _Caught
-        assert self.injected is not None
-        return self.injected if self._extra_outputs is None else (self.injected, *self._extra_outputs)
+        if self.injected is None:
+            raise _Caught(hidden_states)
+        if self.num_extra_outputs is None:
+            return self.injected
+        return (self.injected, *[None] * self.num_extra_outputs)
 
-
-@torch.inference_mode()
-def _extra_outputs(base: Any, block: nn.Module) -> tuple[Any, ...] | None:
-    """What this family's block returns beside hidden states: None if it returns a plain tensor, else the rest of the tuple."""
-    seen: list[Any] = []
-    hook = block.register_forward_hook(lambda _, __, output: seen.append(output))
-    try:
-        with quiet_libraries():
-            base(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
-    finally:
-        hook.remove()
-    return tuple(seen[0][1:]) if isinstance(seen[0], tuple) else None
-
-
-def _build(config: Any, checkpoint: BlockSource, dtype: torch.dtype) -> Any:
-    """The causal LM with one block (whose weights are never used) and the checkpoint's ends."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        meta = AutoModelForCausalLM.from_config(config)
-    blocks_name, _ = find_blocks(meta.base_model, 1)
-    in_blocks = f"{blocks_name.rpartition('.')[2]}."
-    needed = [key for key, _ in meta.named_parameters() if in_blocks not in key]
-    return build_model(config, checkpoint.load_ends(), dtype=dtype, needed=needed, name=checkpoint.name)
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)

@@ -14,7 +14,7 @@ from torch import Tensor
 from protos import node_pb2
 from swarm.client.config import ClientConfig
 from swarm.errors import BadReply, BadRequest, Busy, PeerFailed
-from swarm.messages import NODE_PROTOCOL, decode_message, encode_message, error_of, versions_meet
+from swarm.messages import MAX_HEADER_BYTES, NODE_PROTOCOL, decode_message, encode_message, error_of, versions_meet
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host
 from swarm.routing import Hop
@@ -119,8 +119,8 @@ class RemoteHop:
             if offset == 0:
                 request.reorder.extend(step.reorder)
             masks = [] if step.mask is None else [step.mask[:, offset : offset + self.max_tokens]]
-            # The reply is as large as the request; both directions get the same window.
-            self._stream.grow_window(2 * (piece.numel() * piece.element_size() + 65536))
+            # The reply is as large as the request.
+            self._stream.accept_messages_of(piece.numel() * piece.element_size() + MAX_HEADER_BYTES)
             done, tensors = await self._exchange(
                 encode_message(node_pb2.Request(step=request), [piece, *masks]), deadline
             )

@@ -93,9 +93,11 @@ class RemoteCache(Cache):  # type: ignore[misc]
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
         return self._max_length
 
-    def crop(self, max_length: int) -> None:
-        """Forget the tokens from max_length on; a negative number counts from the end, as transformers 5 does it."""
-        self._length = max(0, self._length + max_length if max_length < 0 else min(max_length, self._length))
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: -n forgets n, as in transformers 5 (which refuses positive numbers)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give a negative number, of tokens to remove from the end")
+        self._length = max(0, self._length + tokens_to_remove)
         self._token_ids = None if self._token_ids is None else self._token_ids[:, : self._length]
         self._mask = None if self._mask is None else self._mask[:, : self._length]
 
@@ -122,7 +124,7 @@ class RemoteCache(Cache):  # type: ignore[misc]
             differs = (known[:, :limit] != input_ids[:, :limit].cpu()).any(dim=0)
             shared = int(differs.int().argmax()) if bool(differs.any()) else limit
         if shared < self._length:
-            self.crop(shared)
+            self.crop(shared - self._length)
 
     def step(self, hidden: Tensor, new_mask: Tensor | None, token_ids: Tensor | None) -> Tensor:
         """Send hidden [batch, tokens, hidden] through the blocks."""
@@ -202,7 +204,8 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             checkpoint.config
         )
         model.name_or_path = checkpoint.name
-        return model.eval()
+        model.eval()
+        return model
 
     @classmethod
     def from_pretrained(
@@ -280,7 +283,9 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         """transformers' hook: give generate() our cache instead of a DynamicCache."""
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
             return
-        cache = RemoteCache(self._swarm, max_cache_length)
+        # Speculation puts up to this many candidates behind the last token, and rewinds.
+        speculated = max(generation_config.prompt_lookup_num_tokens or 0, generation_config.num_assistant_tokens or 0)
+        cache = RemoteCache(self._swarm, max_cache_length + 1 + speculated)
         caches = _opened_caches.get()
         if caches is not None:
             caches.append(cache)

@@ -20,6 +20,10 @@ from swarm.span import Span
 
 log = logging.getLogger(__name__)
 
+# Keys cost nothing, so anybody can announce thousands of peers that do not exist and are the fastest of all. When more peers than
+# this were never heard of, only those that were are believed, as long as they cover the blocks.
+MAX_UNPROVEN_PEERS = 16
+
 
 class Router:
     """Plans routes over the peers that serve one model with the right weights."""
@@ -79,15 +83,31 @@ class Router:
             max_age_s = 0.0
 
     def _plan_now(self, wanted: Span, numeric_class: str | None, avoid: Collection[str]) -> Route:
+        unproven = [r for r in self._records if not self._is_proven(r.peer_id)]
+        if len(unproven) > MAX_UNPROVEN_PEERS:
+            try:
+                return self._plan_over(
+                    [r for r in self._records if self._is_proven(r.peer_id)], wanted, numeric_class, avoid
+                )
+            except NoRoute:
+                log.debug("peers that were heard of do not cover span=%s num_unproven=%d", wanted, len(unproven))
+        return self._plan_over(self._records, wanted, numeric_class, avoid)
+
+    def _is_proven(self, peer_id: str) -> bool:
+        return self.health.has_worked(peer_id) or self._directory.has_answered(peer_id)
+
+    def _plan_over(
+        self, records: Sequence[ShardRecord], wanted: Span, numeric_class: str | None, avoid: Collection[str]
+    ) -> Route:
         now = time.monotonic()
         usable = [
             record
-            for record in self._records
+            for record in records
             if record.protocol_major == PROTOCOL_MAJOR
             and record.peer_id not in avoid
             and not self.health.is_banned(record.peer_id, now=now)
         ]
-        accepted, conflicts = agreeing_digests(self._records, self.spec.num_blocks, self._expected)
+        accepted, conflicts = agreeing_digests(records, self.spec.num_blocks, self._expected)
         for conflict in conflicts:
             if conflict not in self._warned:
                 self._warned.add(conflict)

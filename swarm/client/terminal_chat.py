@@ -107,7 +107,7 @@ def generate_once(swarm: Swarm, prompt: str, flags: dict[str, Any], *, as_chat: 
     if as_chat:
         inputs = _templated(tokenizer, [{"role": "user", "content": prompt}])
     else:
-        inputs = tokenizer(prompt, return_tensors="pt")
+        inputs = tokenizer(prompt, return_tensors="pt", verbose=False)
         if inputs["input_ids"].shape[1] == 0:
             raise UserError("the prompt has no tokens; say something")
     answer = _ask(model, tokenizer, inputs, flags, None if as_json else sys.stdout)
@@ -139,7 +139,13 @@ def chat_loop(swarm: Swarm, flags: dict[str, Any], *, max_length: int, system_pr
 def _templated(tokenizer: Any, messages: list[dict[str, str]]) -> Any:
     if not tokenizer.chat_template:
         raise UserError("this model has no chat template; use `swarm generate` without --chat")
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return tokenizer.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+        tokenizer_kwargs={"verbose": False},  # no warning of its own about a long prompt: nodes say what fits
+    )
 
 
 def _summary(answer: Answer) -> str:

@@ -14,12 +14,13 @@ from collections.abc import Iterable
 
 from hivemind.dht.crypto import DHTRecord, RecordValidatorBase
 from hivemind.dht.node import DHTNode
-from hivemind.dht.protocol import ValidationError
+from hivemind.dht.protocol import DHTProtocol, ValidationError
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
+from hivemind.p2p import PeerID
 from hivemind.utils.serializer import MSGPackSerializer
 
-from swarm.errors import JoinFailed
+from swarm.errors import JoinFailed, UserError
 from swarm.p2p.host import Host, join
 from swarm.records import (
     MAX_LIFETIME_S,
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 # hivemind never delivers a value above 4 MiB, so an honest node must not let one key grow so far: 1500 x 2 KB = 3 MB.
 MAX_RECORDS_PER_KEY = 1500
 MAX_KEYS = 20_000
+MAX_RECORDS = 100_000
 # Clocks of peers may differ by this much (hivemind's limit, too).
 CLOCK_TOLERANCE_S = 3.0
 # Never reached by any expiry, not even an infinite one that a liar announces: so a search asks all nodes near the key.
@@ -59,7 +61,7 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
         raw, subkey = MSGPackSerializer.loads(record.value), MSGPackSerializer.loads(record.subkey)
         if not isinstance(raw, bytes):
             return False
-        shard = open_record(raw)
+        shard = _open(raw)
         return (
             subkey == shard.peer_id
             and abs(record.expiration_time - shard.expires_at) < 0.001
@@ -74,16 +76,44 @@ def _key_id(key: str) -> bytes:
 
 
 class _BoundedStorage(DHTLocalStorage):  # type: ignore[misc]
-    """hivemind's storage with a cap on keys and on records per key: a flood must not make a key undeliverable or eat the memory."""
+    """hivemind's storage with caps on keys, on records per key and on all records: a flood must not make a key undeliverable or eat the memory."""
+
+    num_records = 0  # at most so many; expired ones leave the count when it reaches the cap
 
     def store_subkey(self, key: DHTID, subkey: str, value: bytes, expiration_time: float) -> bool:
         held = self.get(key)
         if held is None and len(self) >= MAX_KEYS:
             return False
         records = held.value if held is not None and isinstance(held.value, DictionaryDHTValue) else {}
-        if subkey not in records and len(records) >= MAX_RECORDS_PER_KEY:
+        if subkey in records:
+            return bool(super().store_subkey(key, subkey, value, expiration_time))
+        if len(records) >= MAX_RECORDS_PER_KEY or not self._has_room():
             return False
+        self.num_records += 1
         return bool(super().store_subkey(key, subkey, value, expiration_time))
+
+    def _has_room(self) -> bool:
+        if self.num_records >= MAX_RECORDS:
+            self.num_records = sum(len(held.value) for _, held in self.items())
+        return self.num_records < MAX_RECORDS
+
+
+class _NoStorage(DHTLocalStorage):  # type: ignore[misc]
+    """In the place of hivemind's cache: whoever asks has his record cached, and one that expires last hides all others of its key."""
+
+    def store(self, *_: object, **__: object) -> bool:
+        return False
+
+    def store_subkey(self, *_: object, **__: object) -> bool:
+        return False
+
+
+def _validate_dictionary(protocol: DHTProtocol, key_bytes: bytes, dictionary: object) -> bool:
+    """False for more records than an honest peer keeps. A peer does not say how many records may be merged with its own."""
+    if not isinstance(dictionary, DictionaryDHTValue) or len(dictionary.data) > MAX_RECORDS_PER_KEY:
+        return False
+    dictionary.maxsize = float("inf")
+    return bool(DHTProtocol._validate_dictionary(protocol, key_bytes, dictionary))
 
 
 class Directory:
@@ -123,7 +153,9 @@ class Directory:
             ) from None
         except (ValidationError, RuntimeError) as error:
             raise JoinFailed(_why_not(str(error))) from error
-        dht.protocol.storage = _BoundedStorage()
+        dht.protocol.storage, dht.protocol.cache = _BoundedStorage(), _NoStorage()
+        # DHTNode.create makes the protocol itself, and handlers are named after its class: only this one method is changed.
+        dht.protocol._validate_dictionary = functools.partial(_validate_dictionary, dht.protocol)
         return cls(dht, host)
 
     async def close(self) -> None:
@@ -131,7 +163,10 @@ class Directory:
 
     async def publish(self, record: ShardRecord) -> bool:
         """Store a record of ours under all its keys. False if under some key nobody took it."""
-        raw = sign_record(record, self._host.identity)
+        try:
+            raw = sign_record(record, self._host.identity)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         keys = record.dht_keys()
         stored = await self._dht.store_many(
             keys,
@@ -153,6 +188,10 @@ class Directory:
         """Records of all peers of the swarm."""
         return await self._find([peer_bucket_key(bucket) for bucket in range(NUM_PEER_BUCKETS)])
 
+    def has_answered(self, peer_id: str) -> bool:
+        """Whether this peer answered us on the DHT: a record alone proves only that somebody made a key."""
+        return PeerID.from_base58(peer_id) in self._dht.protocol.routing_table.peer_id_to_uid
+
     async def _find(self, keys: list[str]) -> list[ShardRecord]:
         found = await self._dht.get_many(keys, sufficient_expiration_time=_NEVER_SUFFICIENT)
         newest: dict[str, ShardRecord] = {}
@@ -169,9 +208,15 @@ class Directory:
         return list(newest.values())
 
 
+@functools.lru_cache(maxsize=4096)
+def _open(raw: bytes) -> ShardRecord:
+    """A record that several peers hold, under many keys, is verified once."""
+    return open_record(raw)
+
+
 def _opened(raw: object) -> ShardRecord | None:
     try:
-        return open_record(raw) if isinstance(raw, bytes) else None
+        return _open(raw) if isinstance(raw, bytes) else None
     except ValueError:
         return None
 

@@ -3,8 +3,9 @@
     frame    = payload length (4 bytes) | kind (1) | sequence number (4) | payload      all big-endian
     message  = any number of MORE frames, then one LAST frame
 
-Flow control is by credit: a side may have at most `window` unread payload bytes under way; the reader returns credit when a message
-is taken. So a slow reader holds at most its window in memory, whatever the peer does. PING is answered by the peer's event loop even
+Flow control is by credit: a side may have at most `window` unread payload bytes under way; the reader returns credit for messages
+that were taken, in lots of half a window (a frame for every message would wake both daemons and both processes once more per step).
+So a slow reader holds at most its window in memory, whatever the peer does, and a message may be as large as half a window. PING is answered by the peer's event loop even
 while its device is busy: silence on PING means that the process is stopped or unreachable, not that it computes.
 """
 
@@ -26,6 +27,11 @@ log = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 256 * 1024
 FIRST_WINDOW_BYTES = 512 * 1024
+_DRAIN_FROM_BYTES = 64 * 1024
+# Frames that wait here to be taken. An honest peer has a message or two under way; empty ones would cost it no credit.
+_MAX_WAITING_FRAMES = 1024
+# A peer that pings but never reads the answers is given up when so much waits for it.
+_MAX_PONG_BACKLOG_BYTES = 1024 * 1024
 _HEADER = struct.Struct("!IBI")
 _CREDIT = struct.Struct("!I")
 
@@ -45,6 +51,8 @@ class Reader(Protocol):
 
 
 class Writer(Protocol):
+    @property
+    def transport(self) -> asyncio.WriteTransport: ...
     def writelines(self, data: Sequence[Buffer], /) -> None: ...
     async def drain(self) -> None: ...
     def close(self) -> None: ...
@@ -64,6 +72,7 @@ class FramedStream:
         self._send_sequence = 0
         self._window_bytes = FIRST_WINDOW_BYTES  # what the peer may have unread here
         self._unread_bytes = 0
+        self._owed_bytes = 0  # taken here, but the credit for it not yet returned
         self._credit_bytes = FIRST_WINDOW_BYTES  # what we may still send
         self._messages: collections.deque[bytes] = collections.deque()
         self._failure: PeerFailed | None = None
@@ -83,8 +92,9 @@ class FramedStream:
     def is_broken(self) -> bool:
         return self._failure is not None or self._closed
 
-    def grow_window(self, window_bytes: int) -> None:
-        """Let the peer have up to window_bytes unread here; also the size of the largest message that it can send."""
+    def accept_messages_of(self, message_bytes: int) -> None:
+        """Let the peer send messages of up to so many bytes."""
+        window_bytes = 2 * message_bytes
         if window_bytes > self._window_bytes and not self.is_broken:
             self._write_frame(FrameKind.CREDIT, _CREDIT.pack(window_bytes - self._window_bytes))
             self._window_bytes = window_bytes
@@ -126,8 +136,10 @@ class FramedStream:
             await self._wait_for_change()
         message = self._messages.popleft()
         self._unread_bytes -= len(message)
-        if message and not self.is_broken:
-            self._write_frame(FrameKind.CREDIT, _CREDIT.pack(len(message)))
+        self._owed_bytes += len(message)
+        if 2 * self._owed_bytes >= self._window_bytes and not self.is_broken:
+            self._write_frame(FrameKind.CREDIT, _CREDIT.pack(self._owed_bytes))
+            self._owed_bytes = 0
         return message
 
     async def ping(self, timeout_s: float) -> float:
@@ -180,6 +192,8 @@ class FramedStream:
         self._writer.writelines([b"".join([header, *payload])] if size < 65536 else [header, *payload])
 
     async def _drain(self) -> None:
+        if self._writer.transport.get_write_buffer_size() < _DRAIN_FROM_BYTES:
+            return
         try:
             await self._writer.drain()
         except (ConnectionError, OSError) as error:
@@ -220,9 +234,13 @@ class FramedStream:
             sequence += 1
             if kind in (FrameKind.LAST, FrameKind.MORE):
                 self._unread_bytes += size
-                if self._unread_bytes > self._window_bytes:
+                if self._unread_bytes + self._owed_bytes > self._window_bytes:
                     raise BadReply(
                         f"peer {self.peer_id[-8:]} sent more than the window of {self._window_bytes} bytes allows"
+                    )
+                if len(pieces) + len(self._messages) >= _MAX_WAITING_FRAMES:
+                    raise BadReply(
+                        f"peer {self.peer_id[-8:]} sent {_MAX_WAITING_FRAMES} frames that were not taken yet"
                     )
             payload = await self._reader.readexactly(size) if size else b""
             self.bytes_received += _HEADER.size + size
@@ -243,6 +261,8 @@ class FramedStream:
                 self._credit_bytes += _CREDIT.unpack(payload)[0]
                 self._changed.set()
             elif kind == FrameKind.PING:
+                if self._writer.transport.get_write_buffer_size() > _MAX_PONG_BACKLOG_BYTES:
+                    raise BadReply(f"peer {self.peer_id[-8:]} sends pings and does not read the answers")
                 self._write_frame(FrameKind.PONG)
             elif kind == FrameKind.PONG:
                 self._pongs += 1

@@ -8,9 +8,12 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import errno
 import fcntl
 import logging
 import os
+import re
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +39,7 @@ StreamHandler = Callable[[FramedStream], Awaitable[None]]
 # p2pd kills itself if we die before it hears from us, and as soon as our control connection closes.
 _P2PD_IDLE_TIMEOUT_S = 5
 _P2PD_START_TIMEOUT_S = 15
+_P2PD_STOP_TIMEOUT_S = 3
 # A connection that p2pd's connection manager trims would end a session: keep all of a busy node's.
 
 
@@ -64,6 +68,7 @@ class Host:
         self._config = config
         self._streams_of: collections.Counter[str] = collections.Counter()
         self._serving: set[asyncio.Task[None]] = set()
+        self._stopping = False
 
     @property
     def peer_id(self) -> str:
@@ -118,6 +123,9 @@ class Host:
                 await handler(stream)
             except PeerFailed as error:
                 log.debug("stream lost peer=%s reason=%s", peer_id, error)
+            except asyncio.CancelledError:
+                if not self._stopping:
+                    raise
             finally:
                 self._serving.discard(task)
                 self._streams_of[peer_id] -= 1
@@ -133,6 +141,7 @@ class Host:
         await self.p2p._child.wait()
 
     async def _stop_serving(self) -> None:
+        self._stopping = True
         for task in self._serving:
             task.cancel()
         if self._serving:
@@ -146,6 +155,7 @@ async def running_host(config: HostConfig) -> AsyncIterator[Host]:
     Raises UserError if the identity is in use or an address cannot be listened on.
     """
     with private_directory() as directory, _identity(config.identity_path, directory) as (identity, path):
+        await _wait_for_free_ports(config.listen)
         P2P._UNIX_SOCKET_PREFIX = f"/unix{directory}/"
         try:
             p2p = await P2P.create(
@@ -165,7 +175,43 @@ async def running_host(config: HostConfig) -> AsyncIterator[Host]:
             yield host
         finally:
             await host._stop_serving()
+            await _stop_p2pd(p2p)
+
+
+async def _stop_p2pd(p2p: P2P) -> None:
+    """End p2pd: SIGTERM, and SIGKILL if it is still busy closing connections after a moment."""
+    try:
+        async with asyncio.timeout(_P2PD_STOP_TIMEOUT_S):
             await p2p.shutdown()
+    except TimeoutError:
+        log.warning("p2pd did not stop in time and is killed pid=%s", p2p._child.pid)
+        p2p._child.kill()
+        await p2p._child.wait()
+
+
+async def _wait_for_free_ports(listen: Iterable[str]) -> None:
+    """Raise UserError if another process listens where we are to: p2pd sets SO_REUSEPORT and would get every other connection.
+
+    Waits a little first: the p2pd of a process that was killed just now takes a moment to end.
+    """
+    deadline = asyncio.get_running_loop().time() + _P2PD_IDLE_TIMEOUT_S + 1
+    for address in listen:
+        match = re.match(r"/ip([46])/([^/]+)/tcp/(\d+)", address)
+        if match is None or match[3] == "0":
+            continue
+        while True:
+            try:
+                with socket.socket(socket.AF_INET if match[1] == "4" else socket.AF_INET6) as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind((match[2], int(match[3])))
+                break
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE and asyncio.get_running_loop().time() < deadline:
+                    await asyncio.sleep(0.2)
+                    continue
+                raise UserError(
+                    f"cannot listen on {address}: {(error.strerror or str(error)).lower()}; choose another --listen address or port"
+                ) from error
 
 
 @contextlib.contextmanager

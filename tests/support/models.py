@@ -26,7 +26,9 @@ _LLAMA = {
 }
 _ALL_HEADS = {key: value for key, value in _LLAMA.items() if key != "num_key_value_heads"}
 _GPT2 = {**_COMMON, "n_embd": 32, "n_layer": NUM_BLOCKS, "n_head": 4, "n_positions": 256}
-_GEMMA2 = {**_LLAMA, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
+_WIDE_HEADS = {**_LLAMA, "head_dim": 16}
+_GEMMA2 = {**_WIDE_HEADS, "sliding_window": 8, "query_pre_attn_scalar": 16}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _OPT = {**_ALL_HEADS, "ffn_dim": 64, "word_embed_proj_dim": 32}
 
 # What differs from a family's own defaults so that it is tiny and still has all its peculiarities.
@@ -35,14 +37,65 @@ TINY: dict[str, dict[str, Any]] = {
     "mistral": {**_LLAMA, "sliding_window": 8},
     "mixtral": {**_LLAMA, "num_local_experts": 4},
     "qwen2": _LLAMA,
-    "qwen3": {**_LLAMA, "head_dim": 16},
+    "qwen2_moe": {**_LLAMA, **_EXPERTS, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 2},
+    "qwen3": _WIDE_HEADS,
+    "qwen3_moe": {**_WIDE_HEADS, **_EXPERTS},
+    "deepseek_v3": {
+        **_ALL_HEADS,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "first_k_dense_replace": 2,
+    },
+    "gemma": _WIDE_HEADS,
     "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2,
+    "phi": _ALL_HEADS,
     "phi3": _LLAMA,
+    "olmo": _LLAMA,
     "olmo2": _LLAMA,
+    "stablelm": _LLAMA,
+    "starcoder2": _LLAMA,
+    "granite": {
+        **_LLAMA,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 8.0,
+        "attention_multiplier": 0.1,
+    },
+    "cohere": _LLAMA,
+    "gpt_oss": {**_LLAMA, "head_dim": 8, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "smollm3": {**_LLAMA, "no_rope_layers": [1, 0, 1, 0]},
+    "glm4": {**_LLAMA, "head_dim": 8},
+    "diffllama": _LLAMA,
+    "llama4_text": {
+        **_WIDE_HEADS,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 64,
+        "attention_chunk_size": 8,
+    },
     "gpt2": _GPT2,
     "gptj": {**_GPT2, "rotary_dim": 4},
     "gpt_neox": _ALL_HEADS,
     "bloom": {**_COMMON, "hidden_size": 32, "n_layer": NUM_BLOCKS, "n_head": 4},
+    "falcon": {
+        **_COMMON,
+        "hidden_size": 32,
+        "num_hidden_layers": NUM_BLOCKS,
+        "num_attention_heads": 4,
+        "num_kv_heads": 2,
+        "new_decoder_architecture": True,
+        "alibi": False,
+    },
+    "mpt": {"vocab_size": VOCAB_SIZE, "d_model": 32, "n_heads": 4, "n_layers": NUM_BLOCKS, "max_seq_len": 256},
     "opt": {key: value for key, value in _OPT.items() if key != "intermediate_size"},
 }
 

@@ -47,7 +47,7 @@ def frame(kind, payload=b"", number=0, size=None):
 @pytest.mark.parametrize("size", [0, 1, 8192, MAX_FRAME_BYTES, MAX_FRAME_BYTES + 1, 3 * 2**20])
 async def test_messages_of_any_size_arrive_whole_and_in_order(size):
     async with stream_pair() as (a, b):
-        b.grow_window(2**24)
+        b.accept_messages_of(2**23)
         payload = bytes(range(256)) * (size // 256 + 1)
         sending = asyncio.gather(a.send([payload[:size]]), a.ping(5))
         assert await b.receive() == payload[:size]
