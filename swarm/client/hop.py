@@ -159,6 +159,8 @@ class RemoteHop:
         return await self._reply(deadline)
 
     async def _send(self, message: list[Buffer], deadline: float) -> None:
+        if self._stream.send_at_once(message):
+            return
         try:
             async with asyncio.timeout(max(deadline - time.monotonic(), 0.05)):
                 await self._stream.send(message)

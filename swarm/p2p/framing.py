@@ -99,23 +99,28 @@ class FramedStream:
             self._write_frame(FrameKind.CREDIT, _CREDIT.pack(window_bytes - self._window_bytes))
             self._window_bytes = window_bytes
 
+    def send_at_once(self, message: Sequence[Buffer]) -> bool:
+        """Send one message, given as consecutive buffers, if that needs no waiting. Raises PeerFailed if the stream broke."""
+        self._raise_if_broken()
+        total = sum(map(len, message))
+        is_free = self._writer.transport.get_write_buffer_size() < _DRAIN_FROM_BYTES
+        if not is_free or total > min(MAX_FRAME_BYTES, self._credit_bytes):
+            return False
+        self._credit_bytes -= total
+        self._write_frame(FrameKind.LAST, *message)
+        return True
+
     async def send(self, message: Sequence[Buffer]) -> None:
         """Send one message, given as consecutive buffers. Waits for credit. Raises PeerFailed if the stream broke."""
-        self._raise_if_broken()
-        views = [memoryview(part).cast("B") for part in message if len(part)]
-        total = sum(len(view) for view in views)
-        if total <= min(MAX_FRAME_BYTES, self._credit_bytes):  # the usual case: one frame, one write
-            self._credit_bytes -= total
-            self._write_frame(FrameKind.LAST, *views)
-        else:
-            await self._send_in_pieces(views, total)
-        await self._drain()
+        if not self.send_at_once(message):
+            views = [memoryview(part).cast("B") for part in message if len(part)] or [memoryview(b"")]
+            await self._send_in_pieces(views, sum(map(len, views)))
 
     async def _send_in_pieces(self, views: list[memoryview], total: int) -> None:
         sent = 0
         for view in views:
             offset = 0
-            while offset < len(view):
+            while offset < len(view) or total == 0:
                 while self._credit_bytes <= 0:
                     await self._wait_for_change()
                     self._raise_if_broken()
@@ -126,6 +131,8 @@ class FramedStream:
                 self._write_frame(kind, view[offset : offset + size])
                 await self._drain()
                 offset += size
+                if total == 0:
+                    return
 
     async def receive(self) -> bytes | None:
         """The next message; None when the peer ended the stream properly. Raises PeerFailed when it broke instead."""

@@ -114,9 +114,9 @@ def runs(
     generate("all nodes are dead", folder / "doomed", timeout_s=8)
     generate("other weights under the name", folder / "others" / "tiny")
     generate("other weights of one block", folder / "changed" / "tiny")
-    generate("no such folder", "/nowhere/at/all")
+    runs.start("no such folder", "swarm", "cache", "fetch", "/nowhere/at/all")
     generate("hub out of reach", "nobody/such-model")
-    generate("nonsense for a model", "what is this???")
+    runs.start("nonsense for a model", "swarm", "cache", "fetch", "what is this???")
     generate("prompt longer than the cache", folder / "tiny", "word " * 3000)
     generate("closed port", folder / "tiny", peers=at_closed_port)
     for name, address in {"silent port": at_silent_port, "wrong peer id": wrong_id}.items():
