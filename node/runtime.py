@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -107,7 +108,7 @@ class Node:
             record = ShardRecord(
                 peer_id=host.peer_id,
                 model_name=checkpoint.name,
-                source=checkpoint.source[:200],
+                source=_public_source(checkpoint.source),
                 model_digest=spec.digest,
                 num_blocks=spec.num_blocks,
                 span=span,
@@ -173,9 +174,11 @@ class Node:
             if renewal.done():
                 renewal.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+            pending = set(tasks)
+            while pending:  # Python 3.11's wait_for, inside hivemind, may swallow a cancellation: ask again
+                for task in pending:
+                    task.cancel()
+                _, pending = await asyncio.wait(pending, timeout=0.5)
 
     def _session_limits(self) -> SessionLimits:
         config = self.config
@@ -188,6 +191,12 @@ class Node:
 
     async def _on_device(self, function: Callable[[], T]) -> T:
         return await self._executor.run(function)
+
+
+def _public_source(source: str) -> str:
+    """Where the weights came from, for everybody to read: of files on this machine only the last part of the path."""
+    kind, _, place = source.partition(":")
+    return f"{kind}:{Path(place).name if kind in ('dir', 'gguf') else place}"[:200]
 
 
 def _host_config(config: NodeConfig) -> HostConfig:

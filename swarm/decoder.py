@@ -61,6 +61,11 @@ def refuse_unfit(config: Any, name: str) -> None:
         raise UserError(
             f"{name} has layers with recurrent state ({', '.join(recurrent)}), which cannot be rewound or replayed in part"
         )
+    if _has_dynamic_rotations(config):
+        raise UserError(
+            f'{name} ({kind}) has rotary tables of type "dynamic", which grow with the longest text so far: '
+            "sessions on one node would change each other's results; choose another model"
+        )
     for option, reason in _ACROSS_BLOCKS.items():
         if getattr(config, option, None):
             raise UserError(f"{name} ({kind}) cannot be cut into spans: {reason} ({option})")
@@ -157,6 +162,13 @@ def _recurrent_kinds(config: Any) -> list[str]:
     if not kinds:
         kinds = {config.model_type, *(key for key in config.to_dict() if key.startswith(("mamba_", "ssm_")))}
     return sorted(str(kind) for kind in kinds if any(word in str(kind) for word in _RECURRENT))[:3]
+
+
+def _has_dynamic_rotations(config: Any) -> bool:
+    tables = getattr(config, "rope_parameters", None) or {}
+    return any(
+        table.get("rope_type") == "dynamic" for table in (tables, *tables.values()) if isinstance(table, Mapping)
+    )
 
 
 def _causal_lm_class(config: Any, name: str) -> Any:

@@ -38,7 +38,7 @@ class ProgressBar:
                 unit_scale=True,
                 leave=False,
                 file=sys.stderr,
-                ncols=_columns(),
+                **_screen(),
             )
         return self
 
@@ -72,16 +72,15 @@ def bar_class(label: str, *, wanted: bool | None = None) -> type[Any]:
     class LabelledBar(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
             options.pop("name", None)
-            super().__init__(
-                *args, **{**options, "desc": label, "leave": False, "disable": disabled, "ncols": _columns()}
-            )
+            super().__init__(*args, **{**options, "desc": label, "leave": False, "disable": disabled, **_screen()})
 
     return LabelledBar
 
 
-def _columns() -> int:
-    """Width to draw in. Terminals of containers often say that they have none, and then tqdm draws nothing."""
-    return min(100, shutil.get_terminal_size().columns)
+def _screen() -> dict[str, int]:
+    """Size to draw in. Terminals of containers often say that they have no rows, and then tqdm draws nothing."""
+    size = shutil.get_terminal_size()
+    return {"ncols": min(100, size.columns), "nrows": max(2, size.lines)}
 
 
 @contextmanager

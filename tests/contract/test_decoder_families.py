@@ -40,6 +40,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-sliding-from-2": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
 }
+DYNAMIC_ROTATIONS = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 CASES = {**{family: (family, dict[str, Any]()) for family in sorted(TINY)}, **VARIANTS}
 
 
@@ -198,6 +199,7 @@ def test_gradients_pass_through_the_ends(subject: Subject) -> None:
         ("mamba", {"hidden_size": 32, "num_hidden_layers": NUM_BLOCKS}, "recurrent state"),
         ("jamba", {}, "recurrent state"),
         ("falcon_h1", {}, "recurrent state"),
+        ("llama", {**TINY["llama"], "rope_parameters": DYNAMIC_ROTATIONS}, "change each other's results"),
         ("openai-gpt", {"n_embd": 32, "n_layer": NUM_BLOCKS, "n_head": 4}, "do not keep keys and values"),
         ("bert", {}, "cannot be served in spans"),
         ("bart", {"d_model": 32, "encoder_layers": NUM_BLOCKS, "decoder_layers": NUM_BLOCKS}, "at a given position"),

@@ -154,7 +154,7 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...]]] = {
         (
             "nobody serves tiny",
             "other weights under this name, from dir:",
-            "/tiny, while yours are from dir:",
+            "tiny, while yours are from dir:",
             "/others/tiny",
         ),
     ),

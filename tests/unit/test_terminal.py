@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import subprocess
 import sys
 
@@ -29,6 +30,7 @@ def test_a_terminal_sees_bars_and_none_stays() -> None:
     ours, theirs = pty.openpty()
     try:
         assert run(theirs) == ""
+        assert select.select([ours], [], [], 5.0)[0], "nothing was drawn"
         drawn = os.read(ours, 100_000).decode()
     finally:
         os.close(ours)
