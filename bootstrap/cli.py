@@ -41,7 +41,11 @@ def bootstrap(
     from bootstrap.runtime import run_bootstrap
     from swarm.p2p.host import HostConfig
 
-    sys.exit(run_bootstrap(HostConfig(listen=listen, announce=announce, identity_path=identity), initial_peers))
+    sys.exit(
+        run_bootstrap(
+            HostConfig(listen=listen, announce=announce, identity_path=identity, is_relay=True), initial_peers
+        )
+    )
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ class NodeConfig:
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
     announce: tuple[str, ...] = ()
     use_relay: bool = False
+    """Nobody can reach this node directly; the initial peers relay connections to it."""
     identity: Path | None = None
     precision: str = "fp32"
     device: str = "cpu"
@@ -65,6 +66,8 @@ class NodeConfig:
                 raise UserError(f"{flag} must be positive, got {value}")
         if not 3 <= self.record_lifetime_s <= 300:
             raise UserError(f"--record-lifetime must be 3 to 300 seconds, got {self.record_lifetime_s}")
+        if self.use_relay and not self.initial_peers:
+            raise UserError("--relay needs --initial-peers, which do the relaying")
         if self.blocks is not None and self.num_blocks is not None and len(self.blocks) != self.num_blocks:
             raise UserError(
                 f"--blocks {self.blocks} and --num-blocks {self.num_blocks} contradict each other; give one of them"

@@ -57,7 +57,7 @@ class Node:
             stack.callback(self._executor.close)
             host = await stack.enter_async_context(running_host(_host_config(config)))
             directory = await Directory.join(
-                host, list(config.initial_peers), serves=True, timeout_s=config.join_timeout_s
+                host, list(config.initial_peers), serves=not config.use_relay, timeout_s=config.join_timeout_s
             )
             stack.push_async_callback(directory.close)
 
@@ -204,7 +204,7 @@ def _host_config(config: NodeConfig) -> HostConfig:
         listen=config.listen,
         announce=config.announce,
         identity_path=config.identity,
-        use_relay=config.use_relay,
+        relays=config.initial_peers if config.use_relay else (),
         max_streams_per_peer=config.max_sessions_per_peer + 8,
     )
 

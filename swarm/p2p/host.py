@@ -13,6 +13,7 @@ import fcntl
 import logging
 import os
 import re
+import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -39,8 +40,9 @@ StreamHandler = Callable[[FramedStream], Awaitable[None]]
 # p2pd kills itself if we die before it hears from us, and as soon as our control connection closes.
 _P2PD_IDLE_TIMEOUT_S = 5
 _P2PD_START_TIMEOUT_S = 15
+# Varint codes of multiaddr parts (https://github.com/multiformats/multicodec/blob/master/table.csv).
+_P2P_CODE, _CIRCUIT_CODE = b"\xa5\x03", b"\xa2\x02"
 _P2PD_STOP_TIMEOUT_S = 3
-# A connection that p2pd's connection manager trims would end a session: keep all of a busy node's.
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,10 @@ class HostConfig:
     """Multiaddrs to tell others instead of those that are listened on (behind a port forwarding or a relay)."""
     identity_path: Path | None = None
     """File with the key; made if missing. None: a new identity for this process."""
-    use_relay: bool = False
-    """Ask the initial peers to relay connections to us: for nodes behind NAT."""
+    relays: tuple[str, ...] = ()
+    """Peers that relay connections to us because nobody can reach us directly (behind NAT): multiaddrs ending in /p2p/<peer id>."""
+    is_relay: bool = False
+    """Whether everybody can reach us, so that we may relay for others."""
     max_streams_per_peer: int = 64
     """Streams that one peer may have open here; more are refused."""
 
@@ -76,11 +80,12 @@ class Host:
 
     async def addresses(self) -> list[str]:
         """Multiaddrs at which others can reach us, each ending in /p2p/<peer id>."""
-        return [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
+        circuits = [f"{relay}/p2p-circuit/p2p/{self.peer_id}" for relay in self._config.relays]
+        return circuits + [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
 
     async def connect(self, peer_id: str, addresses: Iterable[str], timeout_s: float) -> None:
         """Make sure that there is a connection to a peer. Raises PeerFailed."""
-        parsed = [Multiaddr(strip_peer_id(address)) for address in addresses]
+        parsed = [_WireAddress(strip_peer_id(address)) for address in addresses]
         try:
             async with asyncio.timeout(timeout_s):
                 await self.p2p._client.connect(PeerID.from_base58(peer_id), parsed)
@@ -158,14 +163,16 @@ async def running_host(config: HostConfig) -> AsyncIterator[Host]:
         await _wait_for_free_ports(config.listen)
         P2P._UNIX_SOCKET_PREFIX = f"/unix{directory}/"
         try:
-            p2p = await P2P.create(
+            p2p = await _P2P.create(
                 host_maddrs=list(config.listen),
                 announce_maddrs=list(config.announce) or None,
                 identity_path=str(path),
                 idle_timeout=_P2PD_IDLE_TIMEOUT_S,
                 startup_timeout=_P2PD_START_TIMEOUT_S,
                 auto_nat=not config.announce,
-                use_auto_relay=config.use_relay,
+                use_auto_relay=bool(config.relays),
+                trusted_relays=list(config.relays) or None,
+                force_reachability="private" if config.relays else "public" if config.is_relay else None,
                 nat_port_map=not all("/127.0.0.1/" in address for address in config.listen),
             )
         except (P2PDaemonError, ValueError) as error:
@@ -275,8 +282,34 @@ def peer_id_of(address: str) -> str:
 
 
 def strip_peer_id(address: str) -> str:
-    """The address without its /p2p/<peer id> ending (a relayed address keeps what is before)."""
-    return address.rpartition("/p2p/")[0] if "/p2p/" in address else address
+    """The address without its own /p2p/<peer id> ending; that of a relay on the way stays."""
+    return re.sub(r"/p2p/[^/]+$", "", address)
+
+
+class _P2P(P2P):  # type: ignore[misc]
+    """hivemind's P2P with a flag of p2pd that it does not know."""
+
+    @staticmethod
+    def _make_process_args(*args: Any, **kwargs: Any) -> list[str]:
+        # With discovery on, p2pd waits for relays to be found and never reserves a slot at those that it was told of.
+        return [*P2P._make_process_args(*args, **kwargs), "-relayDiscovery=0"]
+
+
+class _WireAddress:
+    """A multiaddr as hivemind's client sends it. hivemind's own Multiaddr encodes /p2p/<peer id> without its length."""
+
+    def __init__(self, text: str) -> None:
+        before, _, after = text.partition("/p2p/")
+        self._raw: bytes = Multiaddr(before).to_bytes()
+        if after:
+            relay_id, _, rest = after.partition("/")
+            if rest != "p2p-circuit":
+                raise ValueError(f"expected .../p2p/<peer id>/p2p-circuit, got {text}")
+            relay = PeerID.from_base58(relay_id).to_bytes()
+            self._raw += _P2P_CODE + bytes([len(relay)]) + relay + _CIRCUIT_CODE
+
+    def to_bytes(self) -> bytes:
+        return self._raw
 
 
 def _short(error: BaseException) -> str:

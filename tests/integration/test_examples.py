@@ -1,0 +1,66 @@
+"""The examples do what they say against a small real swarm, and stay short enough to be read at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.processes import ROOT
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+MAX_LINES = 79
+# Imports of torch, transformers and hivemind on a busy machine take most of this.
+TIMEOUT_S = 60
+
+
+def run_example(name, *arguments, typed=None):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        input=typed,
+        stdin=subprocess.DEVNULL if typed is None else None,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def where(tiny_swarm, tiny_path):
+    return ["--initial-peers", *tiny_swarm.initial_peers, "--model", str(tiny_path)]
+
+
+def test_there_are_examples():
+    assert {path.name for path in EXAMPLES} >= {"generate.py", "chat.py"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_fits_a_screen_or_two(path):
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+def test_generate_streams_a_continuation_and_names_its_route(where):
+    done = run_example("generate.py", "The quick", *where, "--max-new-tokens", "5")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("The quick")
+    summary = done.stdout.splitlines()[-1]
+    assert "tokens in" in summary and "0:1 at" in summary and "3:4 at" in summary and "hops replaced: 0" in summary
+
+
+def test_chat_answers_every_line_and_keeps_its_caches(where):
+    done = run_example("chat.py", *where, "--max-length", "200", "--max-new-tokens", "4", typed="Hello\nAnd now?\n")
+    assert done.returncode == 0, done.stderr
+    held = [int(line.split()[3]) for line in done.stderr.splitlines() if line.startswith("[the nodes hold")]
+    assert len(held) == 2 and 0 < held[0] < held[1]
+
+
+def test_an_error_is_one_line_that_says_what_to_do(where):
+    done = run_example("chat.py", *where, "--max-length", "4", typed="a line that does not fit\n")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "max_length" in line
