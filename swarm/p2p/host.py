@@ -13,7 +13,6 @@ import fcntl
 import logging
 import os
 import re
-import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ _P2PD_START_TIMEOUT_S = 15
 # Varint codes of multiaddr parts (https://github.com/multiformats/multicodec/blob/master/table.csv).
 _P2P_CODE, _CIRCUIT_CODE = b"\xa5\x03", b"\xa2\x02"
 _P2PD_STOP_TIMEOUT_S = 3
+_RELAY_PROBE_TIMEOUT_S = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,9 @@ class HostConfig:
 class Host:
     """A running p2pd and the streams over it. Made by `async with running_host(config)`."""
 
-    def __init__(self, p2p: P2P, identity: Identity, config: HostConfig) -> None:
+    def __init__(self, p2p: P2P, identity: Identity, config: HostConfig, relays: Sequence[str]) -> None:
         self.p2p = p2p
+        self._relays = relays
         self.identity = identity
         self._config = config
         self._streams_of: collections.Counter[str] = collections.Counter()
@@ -80,7 +81,7 @@ class Host:
 
     async def addresses(self) -> list[str]:
         """Multiaddrs at which others can reach us, each ending in /p2p/<peer id>."""
-        circuits = [f"{relay}/p2p-circuit/p2p/{self.peer_id}" for relay in self._config.relays]
+        circuits = [f"{relay}/p2p-circuit/p2p/{self.peer_id}" for relay in self._relays]
         return circuits + [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
 
     async def connect(self, peer_id: str, addresses: Iterable[str], timeout_s: float) -> None:
@@ -162,6 +163,7 @@ async def running_host(config: HostConfig) -> AsyncIterator[Host]:
     with private_directory() as directory, _identity(config.identity_path, directory) as (identity, path):
         await _wait_for_free_ports(config.listen)
         P2P._UNIX_SOCKET_PREFIX = f"/unix{directory}/"
+        relays = await _answering_relays(config.relays)
         try:
             p2p = await _P2P.create(
                 host_maddrs=list(config.listen),
@@ -170,14 +172,14 @@ async def running_host(config: HostConfig) -> AsyncIterator[Host]:
                 idle_timeout=_P2PD_IDLE_TIMEOUT_S,
                 startup_timeout=_P2PD_START_TIMEOUT_S,
                 auto_nat=not config.announce,
-                use_auto_relay=bool(config.relays),
-                trusted_relays=list(config.relays) or None,
-                force_reachability="private" if config.relays else "public" if config.is_relay else None,
+                use_auto_relay=bool(relays),
+                trusted_relays=relays or None,
+                force_reachability="private" if relays else "public" if config.is_relay else None,
                 nat_port_map=not all("/127.0.0.1/" in address for address in config.listen),
             )
         except (P2PDaemonError, ValueError) as error:
             raise UserError(f"cannot listen on {', '.join(config.listen)}: {_short(error)}") from error
-        host = Host(p2p, identity, config)
+        host = Host(p2p, identity, config, relays)
         try:
             yield host
         finally:
@@ -219,6 +221,28 @@ async def _wait_for_free_ports(listen: Iterable[str]) -> None:
                 raise UserError(
                     f"cannot listen on {address}: {(error.strerror or str(error)).lower()}; choose another --listen address or port"
                 ) from error
+
+
+async def _answering_relays(relays: Sequence[str]) -> list[str]:
+    """One address that accepts connections for each relay; p2pd reserves nowhere once it is told of one that does not.
+
+    Raises JoinFailed if none accepts.
+    """
+    chosen: dict[str, str] = {}
+    for relay in relays:
+        parts = relay.split("/")  # /ip4/ADDRESS/tcp/PORT/p2p/ID
+        try:
+            async with asyncio.timeout(_RELAY_PROBE_TIMEOUT_S):
+                _, writer = await asyncio.open_connection(parts[2], int(parts[4]))
+            writer.close()
+        except (OSError, TimeoutError, ValueError, IndexError):
+            continue
+        chosen.setdefault(peer_id_of(relay), relay)
+    if relays and not chosen:
+        raise JoinFailed(
+            f"none of {', '.join(relays)} accepts connections, so none can relay; check the addresses and that a bootstrap peer runs there"
+        )
+    return list(chosen.values())
 
 
 @contextlib.contextmanager
@@ -313,6 +337,6 @@ class _WireAddress:
 
 
 def _short(error: BaseException) -> str:
-    """The first line of an error of p2pd's, without its Go decoration."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return text[:200]
+    """An error of p2pd's as one line, without its Go decoration."""
+    lines = [line.strip(" *") for line in str(error).strip().splitlines() if line.strip()]
+    return "; ".join(lines)[:400] or type(error).__name__
