@@ -87,6 +87,8 @@ class NodeService:
 
     async def _sent(self, stream: FramedStream, answer: list[Buffer]) -> bool:
         """Send an answer. False when the peer took none of it for so long that its session has expired."""
+        if stream.send_at_once(answer):
+            return True
         try:
             async with asyncio.timeout(self.sessions.limits.idle_s):
                 await stream.send(answer)

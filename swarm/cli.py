@@ -7,12 +7,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from swarm.errors import SwarmError
 from swarm.flags import configure_logging, initial_peers_option
+
+if TYPE_CHECKING:
+    from swarm.client.blocking import Swarm
 
 MIB = 2**20
 
@@ -79,6 +82,24 @@ def _sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _connect(flags: dict[str, Any]) -> Swarm:
+    """Connect as the common flags say; before transformers (3 s) is imported, so that a swarm that cannot be reached is known early."""
+    configure_logging(flags["log_level"])
+    from swarm.client.blocking import Swarm
+    from swarm.client.config import ClientConfig
+
+    timeout_s = flags["request_timeout_s"]
+    config = ClientConfig(
+        model=flags["model"],
+        initial_peers=flags["initial_peers"],
+        request_timeout_s=timeout_s,
+        join_timeout_s=min(15.0, timeout_s),
+        patience_s=min(6.0, timeout_s),
+        cache_dir=flags["cache_dir"],
+    )
+    return Swarm(config)
+
+
 @cli.command()
 @click.argument("prompt")
 @_client_options
@@ -89,9 +110,9 @@ def generate(prompt: str, as_chat: bool, as_json: bool, **flags: Any) -> None:
     """Continue PROMPT, and say through which nodes and how fast."""
     if not prompt:
         raise click.UsageError("the prompt is empty")
-    from swarm.client.terminal_chat import connect_from_flags, generate_once
+    with _connect(flags) as swarm:
+        from swarm.client.terminal_chat import generate_once
 
-    with connect_from_flags(flags) as swarm:
         generate_once(swarm, prompt, flags, as_chat=as_chat, as_json=as_json)
 
 
@@ -108,9 +129,9 @@ def generate(prompt: str, as_chat: bool, as_json: bool, **flags: Any) -> None:
 @click.option("--system", "system_prompt", help="System prompt.")
 def chat(max_length: int, system_prompt: str | None, **flags: Any) -> None:
     """Talk with the model; empty line or Ctrl-D ends it."""
-    from swarm.client.terminal_chat import chat_loop, connect_from_flags
+    with _connect(flags) as swarm:
+        from swarm.client.terminal_chat import chat_loop
 
-    with connect_from_flags(flags) as swarm:
         chat_loop(swarm, flags, max_length=max_length, system_prompt=system_prompt)
 
 

@@ -52,7 +52,6 @@ class Session:
         self.last_route: Route = ()
         """The hops of the last step; still known when the session is closed."""
         self._host, self._router, self._config = host, router, config
-        self._session_id = os.urandom(16)
         self._version = 0
         self._position = 0
         self._mask: Tensor | None = None  # bool [batch, position]; None while every token is real
@@ -269,7 +268,11 @@ class Session:
                 pause_s = min(2 * pause_s, 2.0)
                 full = {peer: error for peer, error in full.items() if error in too_small}
                 continue
-            opened = await asyncio.gather(*(self._open_hop(hop, deadline) for hop in route), return_exceptions=True)
+            # A new id for hops that are opened together: a peer may hold another hop of ours, or not have noticed yet that one ended.
+            session_id = os.urandom(16)
+            opened = await asyncio.gather(
+                *(self._open_hop(hop, session_id, deadline) for hop in route), return_exceptions=True
+            )
             failures = [
                 (hop, error) for hop, error in zip(route, opened, strict=True) if isinstance(error, BaseException)
             ]
@@ -286,11 +289,11 @@ class Session:
                 else:
                     raise error
 
-    async def _open_hop(self, hop: Hop, deadline: float) -> RemoteHop:
+    async def _open_hop(self, hop: Hop, session_id: bytes, deadline: float) -> RemoteHop:
         started = time.monotonic()
         request = node_pb2.OpenSession(
             version=own_version(),
-            session_id=self._session_id,
+            session_id=session_id,
             model_digest=self._router.spec.digest,
             start=hop.span.start,
             end=hop.span.end,

@@ -11,24 +11,8 @@ from typing import Any, TextIO
 from transformers import TextStreamer, set_seed
 
 from swarm.client.blocking import Swarm
-from swarm.client.config import ClientConfig
 from swarm.client.model import SwarmModelForCausalLM
 from swarm.errors import UserError
-from swarm.flags import configure_logging
-
-
-def connect_from_flags(flags: dict[str, Any]) -> Swarm:
-    """Connect as the common command-line flags say."""
-    configure_logging(flags["log_level"])
-    config = ClientConfig(
-        model=flags["model"],
-        initial_peers=flags["initial_peers"],
-        request_timeout_s=flags["request_timeout_s"],
-        join_timeout_s=min(15.0, flags["request_timeout_s"]),
-        patience_s=min(6.0, flags["request_timeout_s"]),
-        cache_dir=flags["cache_dir"],
-    )
-    return Swarm(config)
 
 
 class _TimedStreamer(TextStreamer):  # type: ignore[misc]

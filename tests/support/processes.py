@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -17,24 +18,39 @@ from typing import Any
 
 import psutil
 
+from tests.support.fork_server import ForkServer
+
 READY_TIMEOUT_S = 90
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class Process:
-    """One of our programs. Its stdout is read for the READY line, its stderr goes to a log file."""
+    """One of our programs. Its stdout is read for the READY line, its stderr goes to a log file.
 
-    def __init__(self, command: list[str], log_path: Path, env: dict[str, str] | None = None) -> None:
+    With a fork server the command must be [python, "-m", module, arguments...], and the module must have a main().
+    """
+
+    def __init__(
+        self,
+        command: list[str],
+        log_path: Path,
+        env: dict[str, str] | None = None,
+        fork_server: ForkServer | None = None,
+    ) -> None:
         self.log_path = log_path
         self._log = log_path.open("wb")
-        self._popen = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            stdin=subprocess.DEVNULL,
-        )
+        self._popen: Any
+        if fork_server is not None:
+            self._popen = fork_server.fork(command[2], command[3:], env or {}, self._log)
+        else:
+            self._popen = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                stdin=subprocess.DEVNULL,
+            )
         self._ready: dict[str, Any] | None = None
         self._saw_ready = threading.Event()
         self._reader = threading.Thread(target=self._read_stdout, daemon=True)
@@ -82,7 +98,7 @@ class Process:
         self._popen.send_signal(number)
 
     def wait(self, timeout_s: float) -> int:
-        return self._popen.wait(timeout_s)
+        return int(self._popen.wait(timeout_s))
 
     def is_running(self) -> bool:
         return self._popen.poll() is None
@@ -101,16 +117,20 @@ class Process:
         assert self._popen.stdout is not None
         self._popen.stdout.close()
         self._log.close()
-        return self._popen.returncode
+        code: int | None = self._popen.returncode
+        return code
 
 
 @dataclass(slots=True)
 class LocalSwarm:
-    """A bootstrap peer and nodes on this machine."""
+    """Bootstrap peers and nodes on this machine."""
 
     folder: Path
     bootstrap: Process
     processes: list[Process] = field(default_factory=list)
+    env: dict[str, str] = field(default_factory=dict)
+    fork_server: ForkServer | None = None
+    """Given: nodes are forked from it, which is quick, and faults can be planted in any of them."""
 
     @property
     def initial_peers(self) -> list[str]:
@@ -123,36 +143,55 @@ class LocalSwarm:
         *flags: str,
         fault: dict[str, Any] | None = None,
         env: dict[str, str] | None = None,
+        s_per_block: float | None = None,
+        real_command: bool = False,
+        initial_peers: list[str] | None = None,
     ) -> Process:
-        """Start a node without waiting for it. fault: see tests/support/faulty_node.py; its trace is at node.trace_path."""
+        """Start a node without waiting for it.
+
+        fault: see tests/support/faulty_node.py. s_per_block: what the node announces, so that routes are predictable.
+        real_command: python -m node, also when there is a fork server.
+        """
         name = f"node{len(self.processes)}"
-        command = [sys.executable, "-m", "node"]
-        environment = dict(env or {})
+        fork_server = None if real_command else self.fork_server
+        module = (
+            "node" if fault is None and s_per_block is None and fork_server is None else "tests.support.faulty_node"
+        )
+        environment = {
+            **self.env,
+            "FAULT_FILE": str(self.folder / f"{name}.fault"),
+            "FAULT_TRACE": str(self.folder / f"{name}.trace"),
+            **(env or {}),
+        }
+        if s_per_block is not None:
+            environment["ANNOUNCED_S_PER_BLOCK"] = str(s_per_block)
         if fault is not None:
-            command = [sys.executable, "-m", "tests.support.faulty_node"]
-            environment |= {"FAULT": json.dumps(fault), "FAULT_TRACE": str(self.folder / f"{name}.trace")}
-        command += [
-            "run",
-            "--model",
-            str(model),
-            "--initial-peers",
-            self.bootstrap.address,
-            "--threads",
-            "1",
-            "--drain-timeout",
-            "2",
-        ]
+            _write_fault(self.folder / f"{name}.fault", fault)
+        command = [sys.executable, "-m", module, "run"]
+        command += ["--model", str(model), "--initial-peers", ",".join(initial_peers or self.initial_peers)]
+        command += ["--threads", "1", "--drain-timeout", "2"]
         command += ["--blocks", blocks] if blocks else []
-        process = Process([*command, *flags], self.folder / f"{name}.log", environment)
+        process = Process([*command, *flags], self.folder / f"{name}.log", environment, fork_server)
         self.processes.append(process)
         return process
 
-    def start_nodes(self, model: Path | str, *spans: str) -> list[Process]:
+    def start_nodes(self, model: Path | str, *spans: str, **options: Any) -> list[Process]:
         """Start nodes together and wait until all are ready."""
-        nodes = [self.start_node(model, span) for span in spans]
+        nodes = [self.start_node(model, span, **options) for span in spans]
         for node in nodes:
             node.ready()
         return nodes
+
+    def start_bootstrap(self, name: str, *flags: str) -> Process:
+        """A further bootstrap peer, without waiting for it; a name's identity is kept."""
+        log_path = self.folder / f"{name}-{len(self.processes)}.log"
+        process = _start_bootstrap(self.folder, name, log_path, self.env, self.fork_server, *flags)
+        self.processes.append(process)
+        return process
+
+    def plant(self, node: Process, action: str | None, at_step: int = 1, **details: Any) -> int:
+        """Plant a fault in a running node, which forgets its last one: it fires on the at_step-th step from now. Its id."""
+        return _write_fault(node.log_path.with_suffix(".fault"), {"action": action, "at_step": at_step, **details})
 
     def trace_of(self, node: Process) -> list[dict[str, Any]]:
         """The events that a faulty node wrote down before each fault."""
@@ -160,23 +199,47 @@ class LocalSwarm:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+_fault_ids = itertools.count(1)
+
+
+def _write_fault(path: Path, fault: dict[str, Any]) -> int:
+    number = next(_fault_ids)
+    path.with_suffix(".new").write_text(json.dumps({"at_step": 1, **fault, "id": number}))
+    path.with_suffix(".new").replace(path)
+    return number
+
+
+def _start_bootstrap(
+    folder: Path, name: str, log_path: Path, env: dict[str, str], fork_server: ForkServer | None, *flags: str
+) -> Process:
+    module = "bootstrap" if fork_server is None else "bootstrap.cli"
+    command = [sys.executable, "-m", module, "--identity", str(folder / f"{name}.identity"), *flags]
+    return Process(command, log_path, env, fork_server)
+
+
 @contextlib.contextmanager
-def local_swarm(folder: Path) -> Iterator[LocalSwarm]:
+def local_swarm(
+    folder: Path, *, env: dict[str, str] | None = None, fork_server: ForkServer | None = None
+) -> Iterator[LocalSwarm]:
     """A swarm with a bootstrap peer; everything is stopped at the end."""
     folder.mkdir(parents=True, exist_ok=True)
-    identity = folder / "bootstrap.identity"
-    bootstrap = Process([sys.executable, "-m", "bootstrap", "--identity", str(identity)], folder / "bootstrap.log")
-    swarm = LocalSwarm(folder, bootstrap)
+    bootstrap = _start_bootstrap(folder, "bootstrap", folder / "bootstrap.log", env or {}, fork_server)
+    swarm = LocalSwarm(folder, bootstrap, env=env or {}, fork_server=fork_server)
     try:
         bootstrap.ready()
         yield swarm
     finally:
-        for process in [*swarm.processes, bootstrap]:
-            if process.is_running():
-                process.send(signal.SIGCONT)
-                process.send(signal.SIGTERM)
-        for process in [*swarm.processes, bootstrap]:
-            process.stop()
+        stop_all([*swarm.processes, bootstrap])
+
+
+def stop_all(processes: list[Process]) -> None:
+    """Stop processes beside each other."""
+    for process in processes:
+        if process.is_running():
+            process.send(signal.SIGCONT)
+            process.send(signal.SIGTERM)
+    for process in processes:
+        process.stop()
 
 
 def wait_until(condition: Any, timeout_s: float, what: str) -> None:
