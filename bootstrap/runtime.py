@@ -39,9 +39,13 @@ async def serve_bootstrap(config: HostConfig, initial_peers: tuple[str, ...]) ->
 
 
 def _how_to_join(addresses: list[str]) -> str:
+    """The commands for joining, with an address that other machines can use if there is one."""
+    elsewhere = [address for address in addresses if "/127.0.0.1/" not in address]
+    address = (elsewhere or addresses)[0]
+    listen = "--listen /ip4/0.0.0.0/tcp/0 " if elsewhere else ""
     return (
-        f"Host blocks:  swarm-node run --model smollm2-135m --initial-peers {addresses[0]}\n"
-        f'Generate:     swarm generate --model smollm2-135m --initial-peers {addresses[0]} "The capital of France is"'
+        f"Host blocks:  swarm-node run --model smollm2-135m {listen}--initial-peers {address}\n"
+        f'Generate:     swarm generate --model smollm2-135m --initial-peers {address} "The capital of France is"'
     )
 
 

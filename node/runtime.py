@@ -96,6 +96,12 @@ class Node:
         """Choose the span (if not told) and announce JOINING for it; choose again if another joiner took the same one first."""
         spec = await self._on_device(lambda: checkpoint.spec)
         addresses = tuple(map(strip_peer_id, await host.addresses()))[:MAX_ADDRESSES]
+        peers_are_elsewhere = any("/127.0.0.1/" not in peer for peer in self.config.initial_peers)
+        if peers_are_elsewhere and all("/127.0.0.1/" in address for address in addresses):
+            log.warning(
+                "others cannot reach this node: it listens on this machine only; "
+                "add --listen /ip4/0.0.0.0/tcp/PORT, or --relay behind NAT"
+            )
         for _ in range(_CHOICES_BEFORE_GIVING_UP):
             others = [
                 r for r in await directory.find_blocks(spec.digest, range(spec.num_blocks)) if r.peer_id != host.peer_id

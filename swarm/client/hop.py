@@ -57,6 +57,7 @@ class RemoteHop:
         self.numeric_class = opened.numeric_class
         self.max_tokens = opened.max_tokens_per_step
         self.history: list[Tensor] = []
+        self.is_closed = False
         self.timing = HopTiming()
         self._stream = stream
         self._session_id = session_id
@@ -143,6 +144,8 @@ class RemoteHop:
         self.history = [] if whole is None else [whole]
 
     async def aclose(self) -> None:
+        """Free the cache on the peer. The history stays."""
+        self.is_closed = True
         await self._stream.aclose()
 
     async def _exchange(self, message: list[Buffer], deadline: float) -> tuple[node_pb2.StepDone, list[Tensor]]:

@@ -127,6 +127,9 @@ class Session:
         index = 0
         while index < len(self.hops):
             hop = self.hops[index]
+            if hop.is_closed:  # by ourselves, after a step that failed or was cancelled
+                self.hops[index : index + 1] = await self._open_filled(hop, None, deadline)
+                continue
             started = time.monotonic()
             try:
                 # A hop that came by replay has been rewound and reordered already.
@@ -185,15 +188,7 @@ class Session:
         """Put other hops in the place of self.hops[index] and replay what its cache held. Raises when nobody can until the deadline."""
         lost = self.hops[index]
         await self._give_up(lost, error)
-        while True:
-            hops = await self._open_replacement(lost, error, deadline)
-            try:
-                await self._replay(hops, lost.history, deadline)
-                break
-            except (PeerFailed, Busy) as next_error:
-                error = next_error
-                await asyncio.gather(*(hop.aclose() for hop in hops))
-        self.hops[index : index + 1] = hops
+        self.hops[index : index + 1] = hops = await self._open_filled(lost, error, deadline)
         stall_s = time.monotonic() - failed_since
         self.stats.num_reroutes += 1
         self.stats.stall_s += stall_s
@@ -205,12 +200,23 @@ class Session:
         now = ", ".join(f"{hop.span} at {hop.peer_id[-8:]}" for hop in hops)
         log.warning("hop replaced span=%s lost=%s now=%s stall_s=%.2f", lost.span, lost.peer_id[-8:], now, stall_s)
 
+    async def _open_filled(self, lost: RemoteHop, error: SwarmError | None, deadline: float) -> list[RemoteHop]:
+        """Hops for the blocks of one that is closed, with what its cache held. error: why it was lost, if it was."""
+        while True:
+            hops = await self._open_replacement(lost, error, deadline)
+            try:
+                await self._replay(hops, lost.history, deadline)
+                return hops
+            except (PeerFailed, Busy) as next_error:
+                error = next_error
+                await asyncio.gather(*(hop.aclose() for hop in hops))
+
     async def _give_up(self, hop: RemoteHop, error: SwarmError) -> None:
         log.warning("hop lost peer=%s span=%s reason=%s", hop.peer_id[-8:], hop.span, error)
         self._router.health.failed(hop.peer_id, now=time.monotonic(), blame=isinstance(error, BadReply))
         await hop.aclose()
 
-    async def _open_replacement(self, lost: RemoteHop, error: SwarmError, deadline: float) -> list[RemoteHop]:
+    async def _open_replacement(self, lost: RemoteHop, error: SwarmError | None, deadline: float) -> list[RemoteHop]:
         """Hops for the lost one's blocks: of its numeric class if anybody has it, else of any."""
         try:
             return await self._open_hops(lost.span, deadline, patience_s=0.0, numeric_class=lost.numeric_class)
@@ -218,7 +224,7 @@ class Session:
             try:
                 return await self._open_hops(lost.span, deadline)
             except RouteBroken as broken:
-                raise RouteBroken(f"{error}, and {broken}") from error
+                raise broken if error is None else RouteBroken(f"{error}, and {broken}") from error
 
     async def _replay(self, hops: list[RemoteHop], history: list[Tensor], deadline: float) -> None:
         """Fill new caches with the lost hop's inputs; the output of each new hop is the input of the next."""

@@ -81,6 +81,7 @@ def records_as_table(records: Sequence[ShardRecord], now: float, out: TextIO) ->
     """A table for each model."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(file=out)
     if not records:
@@ -95,14 +96,14 @@ def records_as_table(records: Sequence[ShardRecord], now: float, out: TextIO) ->
             table.add_column(column, overflow="fold")
         for record in shards:
             table.add_row(
-                record.peer_id[-8:],
+                Text(record.peer_id[-8:]),
                 str(record.span),
                 record.state.name,
-                record.numeric_class,
+                Text(record.numeric_class),
                 f"{1000 * record.decode_s_per_block:.2f}" if record.decode_s_per_block else "-",
                 f"{record.prefill_tokens_per_s:.0f}" if record.prefill_tokens_per_s else "-",
                 _duration(now - record.started_at),
-                record.source,
+                Text(record.source),
             )
         console.print(table)
 

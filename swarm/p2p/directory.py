@@ -42,6 +42,7 @@ MAX_KEYS = 20_000
 MAX_RECORDS = 100_000
 # Clocks of peers may differ by this much (hivemind's limit, too).
 CLOCK_TOLERANCE_S = 3.0
+_CLOSE_TIMEOUT_S = 2.0
 # Never reached by any expiry, not even an infinite one that a liar announces: so a search asks all nodes near the key.
 _NEVER_SUFFICIENT = float("nan")
 
@@ -159,7 +160,12 @@ class Directory:
         return cls(dht, host)
 
     async def close(self) -> None:
-        await self._dht.shutdown()
+        """Leave the DHT. Bounded: a p2pd that died never confirms that the handlers are removed."""
+        try:
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                await self._dht.shutdown()
+        except TimeoutError:
+            log.info("left the DHT without p2pd's answer after_s=%.0f", _CLOSE_TIMEOUT_S)
 
     async def publish(self, record: ShardRecord) -> bool:
         """Store a record of ours under all its keys. False if under some key nobody took it."""
