@@ -83,13 +83,18 @@ def agreeing_digests(
 
 
 def usable_spans(record: ShardRecord, accepted: Sequence[bytes | None]) -> list[Span]:
-    """The parts of an ONLINE record's span in which every block has the accepted digest."""
+    """The parts of an ONLINE record's span in which every block has an accepted digest; none if one block has another digest.
+
+    One tensor that differs makes another model, whose other blocks were not made to go with these.
+    """
     if record.state != ShardState.ONLINE:
+        return []
+    if any(accepted[block] not in (None, record.digest_of(block)) for block in record.span):
         return []
     spans: list[Span] = []
     start: int | None = None
     for block in record.span:
-        if accepted[block] is not None and record.digest_of(block) == accepted[block]:
+        if accepted[block] is not None:
             start = block if start is None else start
         elif start is not None:
             spans.append(Span(start, block))

@@ -274,11 +274,7 @@ class Session:
                 pause_s = min(2 * pause_s, 2.0)
                 full = {peer: error for peer, error in full.items() if error in too_small}
                 continue
-            # A new id for hops that are opened together: a peer may hold another hop of ours, or not have noticed yet that one ended.
-            session_id = os.urandom(16)
-            opened = await asyncio.gather(
-                *(self._open_hop(hop, session_id, deadline) for hop in route), return_exceptions=True
-            )
+            opened = await asyncio.gather(*(self._open_hop(hop, deadline) for hop in route), return_exceptions=True)
             failures = [
                 (hop, error) for hop, error in zip(route, opened, strict=True) if isinstance(error, BaseException)
             ]
@@ -295,11 +291,12 @@ class Session:
                 else:
                     raise error
 
-    async def _open_hop(self, hop: Hop, session_id: bytes, deadline: float) -> RemoteHop:
+    async def _open_hop(self, hop: Hop, deadline: float) -> RemoteHop:
         started = time.monotonic()
         request = node_pb2.OpenSession(
             version=own_version(),
-            session_id=session_id,
+            # Each hop its own: a peer may have two hops of a route, or not have noticed yet that one of ours has ended.
+            session_id=os.urandom(16),
             model_digest=self._router.spec.digest,
             start=hop.span.start,
             end=hop.span.end,

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from swarm.p2p.runtime_dir import private_directory
 log = logging.getLogger(__name__)
 hivemind_logging.use_hivemind_log_handler("nowhere")  # p2pd's and the DHT's own words go to our log only when asked for
 logging.getLogger("hivemind").setLevel(os.environ.get("SHARDSWARM_HIVEMIND_LOG", "CRITICAL"))
+
+_starting = threading.Lock()
 
 StreamHandler = Callable[[FramedStream], Awaitable[None]]
 
@@ -162,21 +165,22 @@ async def running_host(config: HostConfig) -> AsyncIterator[Host]:
     """
     with private_directory() as directory, _identity(config.identity_path, directory) as (identity, path):
         await _wait_for_free_ports(config.listen)
-        P2P._UNIX_SOCKET_PREFIX = f"/unix{directory}/"
         relays = await _answering_relays(config.relays)
         try:
-            p2p = await _P2P.create(
-                host_maddrs=list(config.listen),
-                announce_maddrs=list(config.announce) or None,
-                identity_path=str(path),
-                idle_timeout=_P2PD_IDLE_TIMEOUT_S,
-                startup_timeout=_P2PD_START_TIMEOUT_S,
-                auto_nat=not config.announce,
-                use_auto_relay=bool(relays),
-                trusted_relays=relays or None,
-                force_reachability="private" if relays else "public" if config.is_relay else None,
-                nat_port_map=not all("/127.0.0.1/" in address for address in config.listen),
-            )
+            async with _starting_alone():
+                P2P._UNIX_SOCKET_PREFIX = f"/unix{directory}/"
+                p2p = await _P2P.create(
+                    host_maddrs=list(config.listen),
+                    announce_maddrs=list(config.announce) or None,
+                    identity_path=str(path),
+                    idle_timeout=_P2PD_IDLE_TIMEOUT_S,
+                    startup_timeout=_P2PD_START_TIMEOUT_S,
+                    auto_nat=not config.announce,
+                    use_auto_relay=bool(relays),
+                    trusted_relays=relays or None,
+                    force_reachability="private" if relays else "public" if config.is_relay else None,
+                    nat_port_map=not all("/127.0.0.1/" in address for address in config.listen),
+                )
         except (P2PDaemonError, ValueError) as error:
             raise UserError(f"cannot listen on {', '.join(config.listen)}: {_short(error)}") from error
         host = Host(p2p, identity, config, relays)
@@ -196,6 +200,17 @@ async def _stop_p2pd(p2p: P2P) -> None:
         log.warning("p2pd did not stop in time and is killed pid=%s", p2p._child.pid)
         p2p._child.kill()
         await p2p._child.wait()
+
+
+@contextlib.asynccontextmanager
+async def _starting_alone() -> AsyncIterator[None]:
+    """One p2pd of this process starts at a time: uvloop refuses to spawn from two loops at once, and the sockets' prefix is a class's."""
+    while not _starting.acquire(blocking=False):  # noqa: ASYNC110  the other start is in another thread's loop
+        await asyncio.sleep(0.02)
+    try:
+        yield
+    finally:
+        _starting.release()
 
 
 async def _wait_for_free_ports(listen: Iterable[str]) -> None:

@@ -16,6 +16,7 @@ from tests.faults.conftest import (
     PROMPT,
     PROMPTS,
     QUICK_STALL_S,
+    SLOW,
     Observer,
     Reference,
     Victims,
@@ -144,6 +145,20 @@ def test_the_neighbours_of_a_lost_hop_can_take_its_blocks_over(
         route = [(hop.peer_id, str(hop.span)) for hop in model.last_session.last_route]
     low, high = (node.peer_id for node in honest)
     assert route == [(low, "0:1"), (low, "1:2"), (high, "2:3"), (high, "3:4")]
+
+
+def test_a_peer_can_have_two_hops_of_a_route_and_lose_the_one_between(
+    victims: Victims, nodes: LocalSwarm, reference: Reference, tiny_path: Path
+) -> None:
+    (whole,) = victims.start("0:4", s_per_block=(MIDDLE + SLOW) / 2)
+    (victim,) = victims.start("1:3", fault={"action": "SIGKILL", "at_step": 5})
+    with client_of(nodes, tiny_path) as client:
+        model = client.model()
+        reference.assert_same(model)
+        victims.assert_fired(victim, "SIGKILL", 5)
+        assert_stalled(model.last_stats, 1, QUICK_STALL_S)
+        route = [(hop.peer_id, str(hop.span)) for hop in model.last_session.last_route]
+    assert route == [(whole.peer_id, "0:1"), (whole.peer_id, "1:3"), (whole.peer_id, "3:4")]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -60,11 +60,11 @@ def test_a_numeric_class_can_be_demanded():
     assert hops(plan(records)) == [("bf16", "0:6")]
 
 
-def test_a_peer_with_one_other_block_keeps_its_good_blocks_only():
+def test_a_peer_with_one_other_block_is_not_used_at_all():
     expected = [digest(block) for block in range(6)]
     bad = make_record("bad", Span(0, 6), digests={3: b"x" * 16})
     accepted, conflicts = agreeing_digests([bad], 6, expected)
-    assert usable_spans(bad, accepted) == [Span(0, 3), Span(4, 6)]
+    assert usable_spans(bad, accepted) == []
     assert [conflict.block for conflict in conflicts] == [3]
     assert "block 3" in str(conflicts[0]) and bad.source in str(conflicts[0])
 

@@ -1,0 +1,162 @@
+"""Processes that end, well or badly: no p2pd outlives them, no directory stays, no session is held for them."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from swarm.records import ShardState
+from tests.faults.conftest import (
+    CommandLine,
+    Observer,
+    Reference,
+    Victims,
+    client_of,
+    directories_of,
+    is_alive,
+)
+from tests.support.processes import LocalSwarm, Process, wait_until
+
+P2PD_GONE_S = 5.0
+# A node that runs no session: saying LEAVING, closing p2pd, and the interpreter's own end.
+LEAVE_S = 6.0
+# From the signal to the exit: the interpreter's end is most of it.
+INTERRUPT_S = 8.0
+
+
+@pytest.fixture
+def swarm_cli(nodes: LocalSwarm, tiny_path: Path, fault_root: Path) -> Iterator[Callable[..., CommandLine]]:
+    """Starts `swarm COMMAND ...` on the tiny model."""
+    started: list[CommandLine] = []
+
+    def start(command: str, *arguments: str) -> CommandLine:
+        peers = ("--initial-peers", nodes.initial_peers[0])
+        started.append(CommandLine(fault_root, command, *peers, "--model", str(tiny_path), *arguments))
+        return started[-1]
+
+    yield start
+    for program in started:
+        program.close()
+
+
+def sweep_with_next_start(nodes: LocalSwarm, pid: int, root: Path) -> None:
+    """Any of our programs that starts removes what the dead one left."""
+    assert len(directories_of(pid, root)) == 1, "a killed process cannot tidy up"
+    sweeper = nodes.start_bootstrap(f"after-{pid}")
+    sweeper.ready()
+    assert directories_of(pid, root) == []
+    assert sweeper.stop() == 0
+
+
+def test_a_killed_node_leaves_no_p2pd_and_the_next_start_removes_its_sockets(
+    victims: Victims, nodes: LocalSwarm, fault_root: Path
+) -> None:
+    (node,) = victims.start("0:2", real_command=True, s_per_block=None)
+    (p2pd,) = node.p2pd_pids()
+    node.send(signal.SIGKILL)
+    assert node.wait(5) == -signal.SIGKILL
+    wait_until(lambda: not is_alive(p2pd), P2PD_GONE_S, "the p2pd of a killed node has ended")
+    sweep_with_next_start(nodes, node.pid, fault_root)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_node_that_is_told_to_leave_leaves_nothing_behind(
+    number: signal.Signals, victims: Victims, nodes: LocalSwarm, fault_root: Path, tiny_path: Path
+) -> None:
+    (node,) = victims.start("0:2", real_command=True, s_per_block=None)
+    (p2pd,) = node.p2pd_pids()
+    with client_of(nodes, tiny_path) as client:
+
+        def states() -> list[ShardState]:
+            digest = client.client.checkpoint.spec.digest
+            records = client.run(client.client.directory.find_blocks(digest, range(2)))
+            return [record.state for record in records if record.peer_id == node.peer_id]
+
+        assert states() == [ShardState.ONLINE]
+        started = time.monotonic()
+        node.send(number)
+        assert node.wait(LEAVE_S + 10) == 0, node.log
+        assert time.monotonic() - started < LEAVE_S
+        assert states() in ([], [ShardState.LEAVING])
+    assert not is_alive(p2pd)
+    assert directories_of(node.pid, fault_root) == []
+    assert "leaving" in node.log and "Traceback" not in node.log and "Error" not in node.log, node.log
+
+
+def test_a_killed_client_leaves_no_p2pd_and_no_session(
+    victims: Victims,
+    nodes: LocalSwarm,
+    honest: list[Process],
+    observer: Observer,
+    fault_root: Path,
+    swarm_cli: Callable[..., CommandLine],
+) -> None:
+    (slow,) = victims.start("0:2", fault={"action": "slow", "at_step": 3, "delay_s": 0.2})
+    client = swarm_cli("generate", "--max-new-tokens", "200", "The quick brown fox")
+    wait_until(lambda: nodes.trace_of(slow), 40, "the client generates")
+    (directory,) = directories_of(client.pid, fault_root)
+    assert any(directory.iterdir())
+    (p2pd,) = _children(client.pid)
+    client.popen.send_signal(signal.SIGKILL)
+    client.popen.wait(5)
+    killed = time.monotonic()
+    for node in (slow, honest[1]):
+        observer.wait_for_sessions(node, 0, P2PD_GONE_S + 1)
+    wait_until(lambda: not is_alive(p2pd), killed + P2PD_GONE_S - time.monotonic(), "the client's p2pd has ended")
+    sweep_with_next_start(nodes, client.pid, fault_root)
+
+
+def test_ctrl_c_frees_the_session_on_every_hop(
+    victims: Victims,
+    nodes: LocalSwarm,
+    honest: list[Process],
+    observer: Observer,
+    reference: Reference,
+    tiny_path: Path,
+    fault_root: Path,
+    swarm_cli: Callable[..., CommandLine],
+) -> None:
+    """In a generation, in the middle of a chat's answer, and while a chat waits for its user."""
+    (slow,) = victims.start("0:2")
+    idle = swarm_cli("chat", "--max-new-tokens", "2", "--max-length", "200")
+    idle.type("hello")
+    observer.wait_for_sessions(slow, 1, 40)
+    wait_until(lambda: observer.status(slow).num_steps >= 2, 20, "the first answer is given")
+    fault_id = nodes.plant(slow, "slow", 1, delay_s=0.2)
+    generating = swarm_cli("generate", "--max-new-tokens", "200", "The quick brown fox")
+    answering = swarm_cli("chat", "--max-new-tokens", "150", "--max-length", "250")
+    answering.type("hello")
+    for node in (slow, honest[1]):
+        observer.wait_for_sessions(node, 3, 40)
+    steps = observer.status(slow).num_steps
+    wait_until(lambda: observer.status(slow).num_steps > steps + 4, 20, "both generate")
+    assert nodes.trace_of(slow)[-1]["id"] == fault_id
+
+    programs = {"idle": idle, "generating": generating, "answering": answering}
+    p2pds = [child for program in programs.values() for child in _children(program.pid)]
+    for program in programs.values():
+        program.popen.send_signal(signal.SIGINT)
+    for node in (slow, honest[1]):
+        observer.wait_for_sessions(node, 0, 5)  # three interpreters share two cores; each hop hears it in a moment
+    for name, program in programs.items():
+        code, _, err = program.finish(INTERRUPT_S)
+        assert code == 130, (name, err)
+        said = [line for line in err.splitlines() if line and not line.startswith("[")]
+        assert said == ["swarm: interrupted"], (name, err)
+        assert directories_of(program.pid, fault_root) == []
+    assert len(p2pds) == 3 and not any(map(is_alive, p2pds))
+    # The nodes themselves are as they were.
+    with client_of(nodes, tiny_path) as client:
+        nodes.plant(slow, None)
+        reference.assert_same(client.model())
+        assert client.model().last_session.last_route[0].peer_id == slow.peer_id
+
+
+def _children(pid: int) -> list[int]:
+    import psutil
+
+    return [child.pid for child in psutil.Process(pid).children() if child.name() == "p2pd"]
