@@ -22,6 +22,13 @@ from swarm.flags import (
 )
 
 MIB = 2**20
+_FIELD_OF = {
+    "relay": "use_relay",
+    "session_idle": "session_idle_s",
+    "join_timeout": "join_timeout_s",
+    "drain_timeout": "drain_timeout_s",
+    "record_lifetime": "record_lifetime_s",
+}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -39,7 +46,7 @@ def cli() -> None:
 )
 @listen_option
 @announce_option
-@click.option("--relay", "use_relay", is_flag=True, help="Be reachable through the initial peers (behind NAT).")
+@click.option("--relay", is_flag=True, help="Be reachable through the initial peers (behind NAT).")
 @click.option(
     "--identity",
     type=click.Path(path_type=Path),
@@ -57,16 +64,14 @@ def cli() -> None:
 @click.option("--max-sessions-per-peer", type=int, default=16)
 @click.option(
     "--session-idle",
-    "session_idle_s",
     type=int,
     default=300,
     metavar="SECONDS",
     help="Close sessions that are silent for so long.",
 )
-@click.option("--join-timeout", "join_timeout_s", type=float, default=15.0, metavar="SECONDS")
+@click.option("--join-timeout", type=float, default=15.0, metavar="SECONDS")
 @click.option(
     "--drain-timeout",
-    "drain_timeout_s",
     type=float,
     default=10.0,
     metavar="SECONDS",
@@ -74,7 +79,6 @@ def cli() -> None:
 )
 @click.option(
     "--record-lifetime",
-    "record_lifetime_s",
     type=float,
     default=60.0,
     metavar="SECONDS",
@@ -88,10 +92,12 @@ def run(log_level: str, cache_mib: int, max_memory_mib: int | None, **flags: Any
     Prints "READY {json}" on stdout when it can serve.
     """
     try:
+        # Parameters are called as their flags, since environment and file use these names; some fields say their unit, too.
+        renamed = {_FIELD_OF.get(name, name): value for name, value in flags.items()}
         config = NodeConfig(
             cache_bytes=cache_mib * MIB,
             max_memory_bytes=None if max_memory_mib is None else max_memory_mib * MIB,
-            **flags,
+            **renamed,
         )
     except SwarmError as error:
         raise click.UsageError(str(error)) from error

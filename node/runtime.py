@@ -222,8 +222,10 @@ class _Signals:
         self.stop, self.hurry = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
+            # A further signal, when all is done and only the interpreter has to end, must not make it look like a crash.
+            stack.callback(signal.signal, number, signal.SIG_IGN)
             stack.callback(loop.remove_signal_handler, number)
+            loop.add_signal_handler(number, self._on_signal)
 
     def _on_signal(self) -> None:
         (self.hurry if self.stop.is_set() else self.stop).set()

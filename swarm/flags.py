@@ -131,14 +131,16 @@ def load_config_file(ctx: click.Context, _: click.Parameter, path: Path | None) 
         values = tomllib.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise click.BadParameter(f"cannot read {path}: {error}") from error
+    # A key is a flag without its dashes; click wants the name of the parameter behind it.
+    parameters = [parameter for parameter in ctx.command.params if parameter.name not in ("config", "help")]
+    names = {
+        option.lstrip("-").replace("-", "_"): parameter.name for parameter in parameters for option in parameter.opts
+    }
     flags = {key.replace("-", "_"): value for key, value in values.items()}
-    known = {parameter.name for parameter in ctx.command.params}
-    unknown = sorted(flags.keys() - known)
+    unknown = sorted(flags.keys() - names.keys())
     if unknown:
-        raise click.BadParameter(
-            f"{path}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(k for k in known if k))}"
-        )
-    ctx.default_map = {**flags, **(ctx.default_map or {})}
+        raise click.BadParameter(f"{path}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(names))}")
+    ctx.default_map = {**{str(names[key]): value for key, value in flags.items()}, **(ctx.default_map or {})}
 
 
 config_option = click.option(

@@ -76,6 +76,11 @@ class Fault:
         return self._fired and self._planted["action"] == "mute"
 
     @property
+    def is_silent(self) -> bool:
+        self.reload()
+        return self._fired and self._planted["action"] in ("silence", "mute")
+
+    @property
     def delay_s(self) -> float:
         return float(self._planted["delay_s"])
 
@@ -100,8 +105,8 @@ class FaultyService(service.NodeService):
         service_of = self
 
     async def handle(self, stream: FramedStream) -> None:
-        if fault.is_mute:
-            await asyncio.sleep(3600)
+        while fault.is_mute:
+            await asyncio.sleep(0.05)
         await super().handle(stream)
 
     async def _step(self, session: Any, request: Any, tensors: list[torch.Tensor]) -> Any:
@@ -115,7 +120,8 @@ class FaultyService(service.NodeService):
             for child in _p2pds():
                 child.kill()
         elif action in ("silence", "mute"):
-            await asyncio.sleep(3600)
+            while fault.is_silent:
+                await asyncio.sleep(0.05)
         elif action == "slow":
             await asyncio.sleep(fault.delay_s)
         elif action == "refuse":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -29,15 +30,22 @@ PEER = f"/ip4/127.0.0.1/tcp/31337/p2p/{Identity.generate().peer_id}"
 NODE = ["run", "--model", "tiny"]
 GENERATE = ["generate", "hi", "--initial-peers", PEER]
 HEAVY = {"torch", "transformers", "hivemind", "numpy", "huggingface_hub", "uvloop", "rich"}
-# 0.5 s is what is promised on an idle machine; tests share theirs.
-AT_ONCE_S = 1.0
+AT_ONCE_S = 0.5
+
+
+def timed_run(module: str, *arguments: str) -> tuple[Finished, float]:
+    """The run, and the seconds of CPU that it took: on a quiet machine the time that a user waits, on a busy one not that of others."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run = run_program(module, *arguments)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return run, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @pytest.mark.parametrize(("module", "arguments"), [("swarm", []), ("node", ["run"]), ("bootstrap", [])])
 def test_help_is_there_at_once(module: str, arguments: list[str]) -> None:
-    runs = [run_program(module, *arguments, "--help") for _ in range(5)]
-    assert all(run.code == 0 and run.out.startswith("Usage: ") and run.err == "" for run in runs)
-    median_s = statistics.median(run.seconds for run in runs)
+    runs = [timed_run(module, *arguments, "--help") for _ in range(5)]
+    assert all(run.code == 0 and run.out.startswith("Usage: ") and run.err == "" for run, _ in runs)
+    median_s = statistics.median(cpu_s for _, cpu_s in runs)
     print(f"{module} --help: {median_s:.2f} s")
     assert median_s <= AT_ONCE_S
 
@@ -115,10 +123,10 @@ def test_a_bad_argument_is_named(name: str) -> None:
 @pytest.mark.parametrize("name", ["peer that is no address", "blocks reversed", "bootstrap listen"])
 def test_a_bad_argument_is_named_at_once(name: str) -> None:
     program, arguments, sentence = BAD_ARGUMENTS[name]
-    runs = [run_program(program, *arguments) for _ in range(3)]
-    median_s = statistics.median(run.seconds for run in runs)
+    runs = [timed_run(program, *arguments) for _ in range(3)]
+    median_s = statistics.median(cpu_s for _, cpu_s in runs)
     print(f"{name}: {median_s:.2f} s")
-    for run in runs:
+    for run, _ in runs:
         run.assert_usage_error(sentence, within_s=10)
     assert median_s <= AT_ONCE_S
 
@@ -143,9 +151,7 @@ def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_defau
 ) -> None:
     file = tmp_path / "node.toml"
     file.write_text(
-        'model = "from-file"\nblocks = "0:3"\ncache-mib = 7\nmax_sessions = 7\nsession-idle = 7\n'.replace(
-            "session-idle", "session_idle_s"
-        )
+        'model = "from-file"\nblocks = "0:3"\ncache-mib = 7\nmax_sessions = 7\nsession-idle = 7\n'
         + f'initial-peers = ["{PEER}"]\n'
     )
     monkeypatch.setenv("SHARDSWARM_NODE_CACHE_MIB", "8")
