@@ -90,7 +90,8 @@ class FramedStream:
 
     @property
     def is_broken(self) -> bool:
-        return self._failure is not None or self._closed
+        """Whether nothing can be sent any more."""
+        return self._failure is not None or self._closed or self._ended or self._writer.transport.is_closing()
 
     def accept_messages_of(self, message_bytes: int) -> None:
         """Let the peer send messages of up to so many bytes."""
@@ -139,7 +140,7 @@ class FramedStream:
         while not self._messages:
             if self._ended:
                 return None
-            self._raise_if_broken()
+            self._raise_if_over()  # not for a connection that only cannot be written any more: words may still be unread
             await self._wait_for_change()
         message = self._messages.popleft()
         self._unread_bytes -= len(message)
@@ -180,11 +181,18 @@ class FramedStream:
             self._pump_task.cancel()
             await asyncio.wait([self._pump_task])
 
-    def _raise_if_broken(self) -> None:
+    def _raise_if_over(self) -> None:
         if self._failure is not None:
             raise self._failure
         if self._closed:
             raise PeerFailed(f"the stream to peer {self.peer_id[-8:]} is closed")
+
+    def _raise_if_broken(self) -> None:
+        self._raise_if_over()
+        if self._ended:
+            raise PeerFailed(f"peer {self.peer_id[-8:]} ended the stream")
+        if self._writer.transport.is_closing():  # its task has not noticed yet
+            raise PeerFailed(f"the connection to peer {self.peer_id[-8:]} was lost")
 
     async def _wait_for_change(self) -> None:
         self._changed.clear()
@@ -270,7 +278,8 @@ class FramedStream:
             elif kind == FrameKind.PING:
                 if self._writer.transport.get_write_buffer_size() > _MAX_PONG_BACKLOG_BYTES:
                     raise BadReply(f"peer {self.peer_id[-8:]} sends pings and does not read the answers")
-                self._write_frame(FrameKind.PONG)
+                if not self.is_broken:
+                    self._write_frame(FrameKind.PONG)
             elif kind == FrameKind.PONG:
                 self._pongs += 1
                 self._changed.set()

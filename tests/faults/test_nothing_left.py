@@ -19,7 +19,7 @@ from tests.faults.conftest import (
     is_alive,
 )
 from tests.support.models import save_tiny
-from tests.support.processes import LocalSwarm, Process, wait_until
+from tests.support.processes import LocalSwarm, wait_until
 
 P2PD_GONE_S = 5.0
 # A node that runs no session: saying LEAVING, closing p2pd, and the interpreter's own end.

@@ -38,28 +38,7 @@ from tests.support.processes import LocalSwarm, Process, local_swarm
 SPANS = ("0:1", "0:2", "0:3", "0:4", "1:2", "1:3", "1:4", "2:3", "2:4", "3:4")
 FAULTS = ("SIGKILL", "SIGKILL", "SIGKILL", "SIGSTOP", "SIGTERM", "kill_p2pd", "silence", "nan", "garbage", "truncate")
 MAX_VICTIMS = 4
-WORDS = [
-    "The",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "swarm",
-    "of",
-    "12345",
-    "small",
-    "machines",
-    "and",
-    "then,",
-    "by",
-    "the",
-    "sea,",
-    "it",
-    "sleeps",
-]
+TEXT = "The quick brown fox jumps over a lazy swarm of 12345 small machines and then, by the sea, it sleeps"
 # What a frozen or silent peer costs one generation at most, times the victims that it may meet.
 REQUEST_TIMEOUT_S = 8.0
 GENERATION_BOUND_S = 60.0
