@@ -29,7 +29,7 @@ from tests.support.processes import ROOT, Process
 
 ANSWER_TIMEOUT_S = 10.0
 # A program that imports torch, transformers and hivemind while others do the same needs this long before it does anything.
-START_S = 25.0
+START_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def run_program(module: str, *arguments: str, env: dict[str, str] | None = None,
 class ProgramRuns:
     """Command lines that run beside each other, a few at a time, while the tests that ask for them come one after another."""
 
-    def __init__(self, at_once: int = 3) -> None:
+    def __init__(self, at_once: int = 2) -> None:
         self._pool = ThreadPoolExecutor(at_once)
         self._runs: dict[str, Future[Finished]] = {}
 
