@@ -199,6 +199,9 @@ class FramedStream:
         await self._changed.wait()
 
     def _write_frame(self, kind: FrameKind, *payload: Buffer) -> None:
+        if self._writer.transport.is_closing():  # the connection is gone, and our reader has not been told yet
+            self._break(PeerFailed(f"peer {self.peer_id[-8:]} went away (the stream broke off)"))
+            return
         size = sum(map(len, payload))
         header = _HEADER.pack(size, kind, self._send_sequence & 0xFFFFFFFF)
         self._send_sequence += 1

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, set_seed
 
 import swarm
 from protos import node_pb2
@@ -163,6 +163,20 @@ class Reference:
 def reference(tiny_path: Path) -> Reference:
     tokenizer = AutoTokenizer.from_pretrained(tiny_path, padding_side="left")
     return Reference(AutoModelForCausalLM.from_pretrained(tiny_path).eval(), tokenizer)
+
+
+class AtToken(StoppingCriteria):
+    """Does something when the n-th token was generated, and stops nothing."""
+
+    def __init__(self, number: int, action: object) -> None:
+        self._left, self._action = number, action
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        self._left -= 1
+        if self._left == 0:
+            assert callable(self._action)
+            self._action()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
 class Observer:

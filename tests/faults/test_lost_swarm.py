@@ -9,27 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, StoppingCriteriaList
 
 import swarm
-from tests.faults.conftest import FAST, NUM_TOKENS, PROMPTS, Reference, Victims, client_of
+from tests.faults.conftest import FAST, NUM_TOKENS, PROMPTS, AtToken, Reference, Victims, client_of
 from tests.support.fork_server import ForkServer
 from tests.support.models import save_tiny
 from tests.support.processes import LocalSwarm, Process, local_swarm
-
-
-class AtToken(StoppingCriteria):
-    """Does something when the n-th token was generated, and stops nothing."""
-
-    def __init__(self, number: int, action: object) -> None:
-        self._left, self._action = number, action
-
-    def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
-        self._left -= 1
-        if self._left == 0:
-            assert callable(self._action)
-            self._action()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def nodes(swarm: LocalSwarm, folder: Path) -> dict[str, Process]:
         "tiny": swarm.start_node(folder / "tiny", "0:4", "--cache-mib", "1"),
         "gap": swarm.start_node(folder / "gap", "0:2"),
         "full": swarm.start_node(folder / "full", "0:4", "--max-sessions", "2", "--max-sessions-per-peer", "1"),
-        "doomed": swarm.start_node(folder / "doomed", "0:4"),
+        "doomed": swarm.start_node(folder / "doomed", "0:4", "--record-lifetime", "300"),
     }
     for node in nodes.values():
         node.ready()
@@ -160,7 +160,7 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "other weights of one block": (
         "swarm",
-        ("nobody serves blocks 2:3 of tiny", "with other weights, from dir:", "/changed/tiny", NO_ROUTE_NEXT),
+        ("nobody serves blocks 0:4 of tiny", "with other weights, from dir:", "/changed/tiny", NO_ROUTE_NEXT),
     ),
     "no such folder": ("swarm", ("/nowhere/at/all does not exist: give a checkpoint folder",)),
     "hub out of reach": ("swarm", ("cannot reach the hub", "nobody/such-model", "check the network")),
