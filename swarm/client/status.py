@@ -89,9 +89,9 @@ def records_as_table(records: Sequence[ShardRecord], now: float, out: TextIO) ->
     for (name, digest), shards in _by_model(records).items():
         missing = _missing(shards)
         health = "all blocks served" if not missing else f"NOT served: blocks {', '.join(map(str, missing))}"
-        table = Table(
-            title=f"{name} ({digest.hex()[:8]}), {shards[0].num_blocks} blocks: {health}", title_justify="left"
-        )
+        # What peers wrote goes in as Text, so that it is not taken for markup.
+        title = Text(f"{name} ({digest.hex()[:8]}), {shards[0].num_blocks} blocks: {health}")
+        table = Table(title=title, title_justify="left")
         for column in ("peer", "blocks", "state", "class", "ms/block", "prefill tok/s", "since", "weights from"):
             table.add_column(column, overflow="fold")
         for record in shards:
