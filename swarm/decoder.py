@@ -49,6 +49,14 @@ class BlockSource(Protocol):
     def load_ends(self) -> dict[str, Tensor]: ...
 
 
+def positions_of(mask: Tensor, past: int) -> Tensor:
+    """Positions [batch, tokens - past] of the tokens from `past` on: the real tokens before each, as transformers' generate counts.
+
+    mask: [batch, tokens] over all tokens, false for padding, whose position is that of the token before it, or 0.
+    """
+    return (mask.long().cumsum(1) - 1).clamp_min(0)[:, past:]
+
+
 def refuse_unfit(config: Any, name: str) -> None:
     """Raise UserError, with the reason, for models whose blocks cannot be served one span here and one there."""
     kind = str(config.model_type)

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from swarm.decoder import LIBRARY_ERRORS, BlockSource, build_model, find_blocks, refuse_unfit, renumber, replace_blocks
+from swarm.decoder import (
+    LIBRARY_ERRORS,
+    BlockSource,
+    build_model,
+    find_blocks,
+    positions_of,
+    refuse_unfit,
+    renumber,
+    replace_blocks,
+)
 from swarm.errors import BadRequest, UserError
 from swarm.span import Span
 from swarm.terminal import quiet_libraries
@@ -200,7 +209,7 @@ class SpanCache:
         fresh = torch.ones(batch, num_new, dtype=torch.bool) if new is None else new
         self._mask = torch.cat([old, fresh], dim=1)
         attention_mask = self._mask.long()
-        return attention_mask, (attention_mask.cumsum(1) - 1).clamp_min(0)[:, past:]
+        return attention_mask, positions_of(attention_mask, past)
 
 
 class _OffsetCache(DynamicCache):  # type: ignore[misc]

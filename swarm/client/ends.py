@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swarm.decoder import LIBRARY_ERRORS, BlockSource, build_model, find_blocks, refuse_unfit, replace_blocks
+from swarm.decoder import (
+    LIBRARY_ERRORS,
+    BlockSource,
+    build_model,
+    find_blocks,
+    positions_of,
+    refuse_unfit,
+    replace_blocks,
+)
 from swarm.errors import BadRequest, UserError
 from swarm.span import Span
 from swarm.terminal import quiet_libraries
@@ -93,7 +101,7 @@ class Ends:
         if self._takes_positions and mask is None:
             options["position_ids"] = torch.arange(position, position + num_new, device=self.device)[None]
         elif self._takes_positions and mask is not None:
-            options["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)[:, position:].to(self.device)
+            options["position_ids"] = positions_of(mask, position).to(self.device)
         options["inputs_embeds" if input_ids is None else "input_ids"] = given
         self._relay.injected = None
         try:

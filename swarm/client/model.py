@@ -26,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from swarm.client.config import ClientConfig
 from swarm.client.session import Session, SessionStats
+from swarm.decoder import positions_of
 from swarm.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -358,7 +359,7 @@ def _check_positions(position_ids: Tensor | None, mask: Tensor | None, past: int
         usual = torch.arange(past, past + num_new)[None]
         real = torch.ones_like(usual, dtype=torch.bool)
     else:
-        usual = (mask.long().cumsum(1) - 1)[:, past:]
+        usual = positions_of(mask, past)
         real = mask[:, past:]
     if bool(((position_ids.cpu() != usual) & real).any()):
         raise BadRequest("position_ids other than those that follow from attention_mask are not supported")
