@@ -1,8 +1,9 @@
 """Runs a command and fails when it leaves anything behind: `run_clean.py COMMAND [ARGUMENT...]`.
 
 The command gets a temporary folder of its own (short, because the names of Unix sockets are limited to about 100
-bytes) and a marker in its environment. Afterwards no process may carry the marker (Linux only: read from /proc) and no
-socket or runtime folder may be left. The exit status is the command's, or 1 when something was left.
+bytes) and a marker in its environment. Afterwards no process may carry the marker (Linux only: read from /proc), and no
+socket or runtime folder may be left but those of killed processes, which the next start of any of our programs sweeps:
+so does this. The exit status is the command's, or 1 when something was left.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+
+from swarm.p2p.runtime_dir import sweep
 
 MARKER = "SHARDSWARM_TEST_RUN"
 # After its owner was killed, a p2pd may live this long by design.
@@ -80,7 +83,9 @@ def leftover_processes(run_id: str) -> dict[int, str]:
 
 
 def leftover_sockets(folder: Path) -> list[Path]:
-    """The runtime folders of our processes (swarm/p2p/runtime_dir.py), and every socket."""
+    """The runtime folders of our processes that a sweep leaves, and every socket."""
+    for root in folder.glob("shardswarm-*"):
+        sweep(root)
     runtime_folders = list(folder.glob("shardswarm-*/*"))
     sockets = [path for path in folder.rglob("*") if stat.S_ISSOCK(path.lstat().st_mode)]
     return runtime_folders + sockets
