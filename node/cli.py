@@ -25,6 +25,7 @@ MIB = 2**20
 _FIELD_OF = {
     "relay": "use_relay",
     "session_idle": "session_idle_s",
+    "stash_expiry": "stash_expiry_s",
     "join_timeout": "join_timeout_s",
     "drain_timeout": "drain_timeout_s",
     "record_lifetime": "record_lifetime_s",
@@ -69,6 +70,16 @@ def cli() -> None:
     metavar="SECONDS",
     help="Close sessions that are silent for so long.",
 )
+@click.option(
+    "--stash-mib",
+    type=int,
+    default=1024,
+    help="Budget for what is kept of microbatches between forward and backward; 0: compute them again.",
+)
+@click.option(
+    "--stash-expiry", type=int, default=120, metavar="SECONDS", help="Drop microbatches without a backward for so long."
+)
+@click.option("--max-microbatch-tokens", type=int, default=4096, help="Rows x tokens that one microbatch may have.")
 @click.option("--join-timeout", type=float, default=15.0, metavar="SECONDS")
 @click.option(
     "--drain-timeout",
@@ -86,7 +97,7 @@ def cli() -> None:
 )
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Where converted models are kept.")
 @log_level_option
-def run(log_level: str, cache_mib: int, max_memory_mib: int | None, **flags: Any) -> None:
+def run(log_level: str, cache_mib: int, stash_mib: int, max_memory_mib: int | None, **flags: Any) -> None:
     """Join a swarm and serve blocks of a model until SIGTERM (or Ctrl-C).
 
     Prints "READY {json}" on stdout when it can serve.
@@ -96,6 +107,7 @@ def run(log_level: str, cache_mib: int, max_memory_mib: int | None, **flags: Any
         renamed = {_FIELD_OF.get(name, name): value for name, value in flags.items()}
         config = NodeConfig(
             cache_bytes=cache_mib * MIB,
+            stash_bytes=stash_mib * MIB,
             max_memory_bytes=None if max_memory_mib is None else max_memory_mib * MIB,
             **renamed,
         )

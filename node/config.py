@@ -38,8 +38,14 @@ class NodeConfig:
     """Weights and caches together, when the node chooses its span. None: 60 % of the memory that is free at start."""
     max_sessions: int = 64
     max_sessions_per_peer: int = 16
-    max_waiting_steps: int = 128
-    """Steps that may wait for the device; more are refused."""
+    max_waiting_jobs: int = 128
+    """Steps, forwards and backwards that may wait for the device; more are refused."""
+    stash_bytes: int = 1024 * 2**20
+    """Budget for the autograd graphs of microbatches between forward and backward; 0: always compute again."""
+    stash_expiry_s: int = 120
+    """A microbatch without its backward for so long is dropped from the stash."""
+    max_microbatch_tokens: int = 4096
+    """Rows x tokens of one microbatch; more are refused."""
     session_idle_s: int = 300
     """A session without a step for so long is closed and its cache freed."""
     join_timeout_s: float = 15.0
@@ -57,6 +63,8 @@ class NodeConfig:
             "--max-sessions": self.max_sessions,
             "--max-sessions-per-peer": self.max_sessions_per_peer,
             "--session-idle": self.session_idle_s,
+            "--stash-expiry": self.stash_expiry_s,
+            "--max-microbatch-tokens": self.max_microbatch_tokens,
             "--join-timeout": self.join_timeout_s,
             "--threads": 1 if self.threads is None else self.threads,
             "--num-blocks": 1 if self.num_blocks is None else self.num_blocks,
@@ -64,6 +72,8 @@ class NodeConfig:
         for flag, value in positive.items():
             if value <= 0:
                 raise UserError(f"{flag} must be positive, got {value}")
+        if self.stash_bytes < 0:
+            raise UserError(f"--stash-mib must not be negative, got {self.stash_bytes / 2**20:.0f}")
         if not 3 <= self.record_lifetime_s <= 300:
             raise UserError(f"--record-lifetime must be 3 to 300 seconds, got {self.record_lifetime_s}")
         if self.use_relay and not self.initial_peers:

@@ -21,6 +21,7 @@ from node.announcer import Announcer
 from node.config import NodeConfig
 from node.executor import Executor
 from node.kv_cache import SessionLimits, SessionTable
+from node.microbatches import Microbatches, MicrobatchLimits
 from node.placement import block_rates, blocks_that_fit, choose_span, must_yield
 from node.service import NodeService
 from node.shard import DTYPES, Shard, load_shard
@@ -45,7 +46,7 @@ class Node:
 
     def __init__(self, config: NodeConfig) -> None:
         self.config = config
-        self._executor = Executor(config.max_waiting_steps)
+        self._executor = Executor(config.max_waiting_jobs)
         self._started_at = time.time()
 
     async def run(self) -> None:
@@ -65,7 +66,8 @@ class Node:
             announcer = await self._claim_span(host, directory, checkpoint)
             shard, throughput = await self._load(checkpoint, announcer.record.span)
             sessions = SessionTable(self._session_limits(), shard.cache_bytes_per_token)
-            service = NodeService(shard, checkpoint.name, self._executor, sessions)
+            microbatches = Microbatches(shard, self._executor, self._microbatch_limits())
+            service = NodeService(shard, checkpoint.name, self._executor, sessions, microbatches)
             await host.serve(NODE_PROTOCOL, service.handle)
 
             await announcer.announce(
@@ -192,6 +194,15 @@ class Node:
             cache_bytes=config.cache_bytes,
             max_sessions=config.max_sessions,
             max_sessions_per_peer=config.max_sessions_per_peer,
+            idle_s=config.session_idle_s,
+        )
+
+    def _microbatch_limits(self) -> MicrobatchLimits:
+        config = self.config
+        return MicrobatchLimits(
+            stash_bytes=config.stash_bytes,
+            stash_expiry_s=config.stash_expiry_s,
+            max_tokens=config.max_microbatch_tokens,
             idle_s=config.session_idle_s,
         )
 

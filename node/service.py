@@ -1,4 +1,4 @@
-"""Service: answers the streams that peers open to this node. One stream carries at most one session.
+"""Service: answers the streams that peers open to this node. One stream carries one session, or the microbatches of one hop.
 
 Whatever a peer sends, the answer is a reply or a refusal; the node's other sessions do not notice.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from node.executor import Executor
 from node.kv_cache import Session, SessionTable
+from node.microbatches import Microbatches
 from node.shard import Shard
 from protos import node_pb2
 from swarm.errors import BadRequest, SwarmError
@@ -42,33 +43,45 @@ MAX_REFUSALS_PER_STREAM = 32
 class NodeService:
     """Handles streams of the protocol "shardswarm/node"."""
 
-    def __init__(self, shard: Shard, model_name: str, executor: Executor, sessions: SessionTable) -> None:
+    def __init__(
+        self, shard: Shard, model_name: str, executor: Executor, sessions: SessionTable, microbatches: Microbatches
+    ) -> None:
         self._shard = shard
         self._model_name = model_name
         self._executor = executor
         self.sessions = sessions
+        self.microbatches = microbatches
         self.num_steps = 0
 
     async def handle(self, stream: FramedStream) -> None:
         """Serve one stream until the peer ends it, it breaks, its session expires or the peer sends too much nonsense."""
         session: Session | None = None
+        hop: Span | None = None  # of a stream of microbatches
         refusals = 0
         try:
             while refusals < MAX_REFUSALS_PER_STREAM:
-                message = await self._next_message(stream, session)
+                message = await self._next_message(stream, session, is_open=hop is not None)
                 if message is None:
                     return
                 try:
                     request, tensors = decode_message(message, node_pb2.Request)
                     kind = request.WhichOneof("kind")
+                    if kind in ("open", "open_microbatches") and (session is not None or hop is not None):
+                        raise BadRequest("this stream was opened already; open another stream")
                     if kind == "open":
-                        if session is not None:
-                            raise BadRequest("this stream has a session already; open another stream")
                         session, answer = self._open(request.open, stream)
                     elif kind == "step":
                         if session is None:
                             raise Refused(node_pb2.THE_SESSION_IS_UNKNOWN, "no session was opened on this stream")
                         answer = await self._step(session, request.step, tensors)
+                    elif kind == "open_microbatches":
+                        wanted = self._checked_hop(request.open_microbatches)
+                        answer = self.microbatches.open(stream)
+                        hop = wanted
+                    elif kind in ("forward", "backward"):
+                        if hop is None:
+                            raise BadRequest("this stream was not opened for microbatches")
+                        answer = await self.microbatches.answer(stream.peer_id, hop, request, tensors)
                     elif kind == "status":
                         answer = encode_message(self._status())
                     else:
@@ -81,6 +94,8 @@ class NodeService:
                     return
             await stream.fail("too many refused requests on one stream")
         finally:
+            if hop is not None:
+                self.microbatches.close(stream)
             if session is not None:
                 self.sessions.close(session)
                 log.info("session closed peer=%s session=%s", stream.peer_id, session.session_id.hex()[:8])
@@ -97,26 +112,22 @@ class NodeService:
             log.info("stream not read peer=%s", stream.peer_id)
             return False
 
-    async def _next_message(self, stream: FramedStream, session: Session | None) -> bytes | None:
+    async def _next_message(self, stream: FramedStream, session: Session | None, *, is_open: bool) -> bytes | None:
         """The peer's next message. None at the end of the stream, or when the peer was silent for too long."""
-        timeout_s = OPEN_TIMEOUT_S if session is None else self.sessions.idle_left_s(session, time.monotonic())
+        timeout_s = self.sessions.limits.idle_s if is_open else OPEN_TIMEOUT_S
+        if session is not None:
+            timeout_s = self.sessions.idle_left_s(session, time.monotonic())
         try:
             async with asyncio.timeout(timeout_s):
                 return await stream.receive()
         except TimeoutError:
             log.info("stream idle peer=%s", stream.peer_id)
             reason = "the session expired" if session else "no request came"
-            await stream.fail(
-                f"{reason}: nothing was heard for {self.sessions.limits.idle_s if session else OPEN_TIMEOUT_S:.0f} s"
-            )
+            silent_s = self.sessions.limits.idle_s if session or is_open else OPEN_TIMEOUT_S
+            await stream.fail(f"{reason}: nothing was heard for {silent_s:.0f} s")
             return None
 
     def _open(self, request: node_pb2.OpenSession, stream: FramedStream) -> tuple[Session, list[Buffer]]:
-        if not versions_meet(request.version):
-            raise Refused(
-                node_pb2.THE_VERSIONS_DO_NOT_MEET,
-                f"this node speaks protocol {PROTOCOL_MAJOR}, you speak {request.version.major}; upgrade the older of the two",
-            )
         hop = self._checked_hop(request)
         reserved = self.sessions.reserve(stream.peer_id, request.session_id, hop, request.batch, request.max_length)
         row_bytes = request.batch * self._shard.hidden_size * 4
@@ -153,8 +164,13 @@ class NodeService:
         )
         return session, encode_message(node_pb2.Reply(opened=opened))
 
-    def _checked_hop(self, request: node_pb2.OpenSession) -> Span:
-        """The hop that is asked for, if it is ours and its weights are the ones the client wants."""
+    def _checked_hop(self, request: node_pb2.OpenSession | node_pb2.OpenMicrobatches) -> Span:
+        """The hop that is asked for, if it is ours, its weights are the ones the client wants, and we understand each other."""
+        if not versions_meet(request.version):
+            raise Refused(
+                node_pb2.THE_VERSIONS_DO_NOT_MEET,
+                f"this node speaks protocol {PROTOCOL_MAJOR}, you speak {request.version.major}; upgrade the older of the two",
+            )
         try:
             hop = Span(request.start, request.end)
         except ValueError as error:
@@ -261,13 +277,25 @@ class NodeService:
             cache_bytes_used=self.sessions.used_bytes,
             cache_bytes_budget=self.sessions.limits.cache_bytes,
             num_steps=self.num_steps,
+            num_forwards=self.microbatches.num_forwards,
+            num_backwards=self.microbatches.num_backwards,
+            stash_bytes_used=self.microbatches.stash.used_bytes,
+            stash_bytes_budget=self.microbatches.stash.budget_bytes,
         )
         return node_pb2.Reply(status=status)
 
     async def drain(self, timeout_s: float, hurry: asyncio.Event) -> None:
-        """Admit no more sessions and wait until the open ones have ended, at most timeout_s or until `hurry` is set."""
-        self.sessions.leaving = True
-        waiting = [asyncio.create_task(event.wait()) for event in (self.sessions.empty, hurry)]
+        """Admit no more work and wait until what runs has ended, at most timeout_s or until `hurry` is set.
+
+        What runs: open sessions, and microbatches until their backward.
+        """
+        self.sessions.leaving = self.microbatches.leaving = True
+
+        async def ended() -> None:
+            await self.sessions.empty.wait()
+            await self.microbatches.wait_until_idle()
+
+        waiting = [asyncio.create_task(ended()), asyncio.create_task(hurry.wait())]
         await asyncio.wait(waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         for task in waiting:
             task.cancel()

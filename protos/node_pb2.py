@@ -25,33 +25,45 @@ _sym_db = _symbol_database.Default()
 from protos import tensor_pb2 as protos_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/node.proto\x12\x08swarm.v1\x1a\x13protos/tensor.proto\"A\n\x0fProtocolVersion\x12\r\n\x05major\x18\x01 \x01(\r\x12\r\n\x05minor\x18\x02 \x01(\r\x12\x10\n\x08software\x18\x03 \x01(\t\"\xac\x01\n\x07Request\x12\'\n\x07tensors\x18\x01 \x03(\x0b\x32\x16.swarm.v1.TensorHeader\x12%\n\x04open\x18\x02 \x01(\x0b\x32\x15.swarm.v1.OpenSessionH\x00\x12\x1e\n\x04step\x18\x03 \x01(\x0b\x32\x0e.swarm.v1.StepH\x00\x12)\n\x06status\x18\x04 \x01(\x0b\x32\x17.swarm.v1.GetNodeStatusH\x00\x42\x06\n\x04kind\"\xd5\x01\n\x05Reply\x12\'\n\x07tensors\x18\x01 \x03(\x0b\x32\x16.swarm.v1.TensorHeader\x12$\n\x07refusal\x18\x02 \x01(\x0b\x32\x11.swarm.v1.RefusalH\x00\x12)\n\x06opened\x18\x03 \x01(\x0b\x32\x17.swarm.v1.SessionOpenedH\x00\x12\"\n\x04step\x18\x04 \x01(\x0b\x32\x12.swarm.v1.StepDoneH\x00\x12&\n\x06status\x18\x05 \x01(\x0b\x32\x14.swarm.v1.NodeStatusH\x00\x42\x06\n\x04kind\"\xb9\x01\n\x0bOpenSession\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.swarm.v1.ProtocolVersion\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\x0c\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12\x15\n\rblock_digests\x18\x06 \x03(\x0c\x12\r\n\x05\x62\x61tch\x18\x07 \x01(\r\x12\x12\n\nmax_length\x18\x08 \x01(\r\"\x87\x01\n\rSessionOpened\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.swarm.v1.ProtocolVersion\x12\x15\n\rnumeric_class\x18\x02 \x01(\t\x12\x1b\n\x13max_tokens_per_step\x18\x03 \x01(\r\x12\x16\n\x0eidle_timeout_s\x18\x04 \x01(\r\"\x95\x01\n\x04Step\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x17\n\x0fsession_version\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\x12\x16\n\trewind_to\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x0f\n\x07reorder\x18\x05 \x03(\r\x12\x17\n\x0fno_reply_tensor\x18\x06 \x01(\x08\x42\x0c\n\n_rewind_to\"[\n\x08StepDone\x12\x17\n\x0fsession_version\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x12\n\ncompute_us\x18\x03 \x01(\r\x12\x10\n\x08queue_us\x18\x04 \x01(\r\";\n\rGetNodeStatus\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.swarm.v1.ProtocolVersion\"\xdd\x01\n\nNodeStatus\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.swarm.v1.ProtocolVersion\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\x0c\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12\x14\n\x0cnum_sessions\x18\x06 \x01(\r\x12\x18\n\x10\x63\x61\x63he_bytes_used\x18\x07 \x01(\x04\x12\x1a\n\x12\x63\x61\x63he_bytes_budget\x18\x08 \x01(\x04\x12\x11\n\tnum_steps\x18\t \x01(\x04\"?\n\x07Refusal\x12#\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x15.swarm.v1.RefusalCode\x12\x0f\n\x07message\x18\x02 \x01(\t*\x8a\x02\n\x0bRefusalCode\x12\x18\n\x14THE_REQUEST_IS_WRONG\x10\x00\x12\x19\n\x15THIS_NODE_HAS_NO_ROOM\x10\x01\x12\x18\n\x14THIS_NODE_IS_LEAVING\x10\x02\x12\"\n\x1eTHE_BLOCKS_ARE_NOT_SERVED_HERE\x10\x03\x12\x16\n\x12THE_WEIGHTS_DIFFER\x10\x04\x12\x1c\n\x18THE_VERSIONS_DO_NOT_MEET\x10\x05\x12\x1a\n\x16THE_SESSION_IS_UNKNOWN\x10\x06\x12\x1a\n\x16THE_CACHE_IS_TOO_SMALL\x10\x07\x12\x1a\n\x16THE_COMPUTATION_FAILED\x10\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11protos/node.proto\x12\x08swarm.v1\x1a\x13protos/tensor.proto\"A\n\x0fProtocolVersion\x12\r\n\x05major\x18\x01 \x01(\r\x12\r\n\x05minor\x18\x02 \x01(\r\x12\x10\n\x08software\x18\x03 \x01(\t\"\xb3\x02\n\x07Request\x12\'\n\x07tensors\x18\x01 \x03(\x0b\x32\x16.swarm.v1.TensorHeader\x12%\n\x04open\x18\x02 \x01(\x0b\x32\x15.swarm.v1.OpenSessionH\x00\x12\x1e\n\x04step\x18\x03 \x01(\x0b\x32\x0e.swarm.v1.StepH\x00\x12)\n\x06status\x18\x04 \x01(\x0b\x32\x17.swarm.v1.GetNodeStatusH\x00\x12\x37\n\x11open_microbatches\x18\x10 \x01(\x0b\x32\x1a.swarm.v1.OpenMicrobatchesH\x00\x12$\n\x07\x66orward\x18\x11 \x01(\x0b\x32\x11.swarm.v1.ForwardH\x00\x12&\n\x08\x62\x61\x63kward\x18\x12 \x01(\x0b\x32\x12.swarm.v1.BackwardH\x00\x42\x06\n\x04kind\"\xe8\x02\n\x05Reply\x12\'\n\x07tensors\x18\x01 \x03(\x0b\x32\x16.swarm.v1.TensorHeader\x12$\n\x07refusal\x18\x02 \x01(\x0b\x32\x11.swarm.v1.RefusalH\x00\x12)\n\x06opened\x18\x03 \x01(\x0b\x32\x17.swarm.v1.SessionOpenedH\x00\x12\"\n\x04step\x18\x04 \x01(\x0b\x32\x12.swarm.v1.StepDoneH\x00\x12&\n\x06status\x18\x05 \x01(\x0b\x32\x14.swarm.v1.NodeStatusH\x00\x12;\n\x13microbatches_opened\x18\x10 \x01(\x0b\x32\x1c.swarm.v1.MicrobatchesOpenedH\x00\x12(\n\x07\x66orward\x18\x11 \x01(\x0b\x32\x15.swarm.v1.ForwardDoneH\x00\x12*\n\x08\x62\x61\x63kward\x18\x12 \x01(\x0b\x32\x16.swarm.v1.BackwardDoneH\x00\x42\x06\n\x04kind\"\xb9\x01\n\x0bOpenSession\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.swarm.v1.ProtocolVersion\x12\x12\n\nsession_id\x18\x02 \x01(\x0c\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\x0c\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12\x15\n\rblock_digests\x18\x06 \x03(\x0c\x12\r\n\x05\x62\x61tch\x18\x07 \x01(\r\x12\x12\n\nmax_length\x18\x08 \x01(\r\"\x87\x01\n\rSessionOpened\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.swarm.v1.ProtocolVersion\x12\x15\n\rnumeric_class\x18\x02 \x01(\t\x12\x1b\n\x13max_tokens_per_step\x18\x03 \x01(\r\x12\x16\n\x0eidle_timeout_s\x18\x04 \x01(\r\"\x95\x01\n\x04Step\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x17\n\x0fsession_version\x18\x02 \x01(\r\x12\x10\n\x08position\x18\x03 \x01(\r\x12\x16\n\trewind_to\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x0f\n\x07reorder\x18\x05 \x03(\r\x12\x17\n\x0fno_reply_tensor\x18\x06 \x01(\x08\x42\x0c\n\n_rewind_to\"[\n\x08StepDone\x12\x17\n\x0fsession_version\x18\x01 \x01(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x12\n\ncompute_us\x18\x03 \x01(\r\x12\x10\n\x08queue_us\x18\x04 \x01(\r\"\x87\x01\n\x10OpenMicrobatches\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.swarm.v1.ProtocolVersion\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\x0c\x12\r\n\x05start\x18\x03 \x01(\r\x12\x0b\n\x03\x65nd\x18\x04 \x01(\r\x12\x15\n\rblock_digests\x18\x05 \x03(\x0c\"\x83\x01\n\x12MicrobatchesOpened\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.swarm.v1.ProtocolVersion\x12\x15\n\rnumeric_class\x18\x02 \x01(\t\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x16\n\x0eidle_timeout_s\x18\x04 \x01(\r\"\x8e\x01\n\x07\x46orward\x12\x15\n\rmicrobatch_id\x18\x01 \x01(\x0c\x12\x17\n\x0fwants_gradients\x18\x02 \x01(\x08\x12\x10\n\x08has_mask\x18\x03 \x01(\x08\x12\x15\n\rhas_positions\x18\x04 \x01(\x08\x12\x19\n\x0c\x64ropout_seed\x18\x05 \x01(\x04H\x00\x88\x01\x01\x42\x0f\n\r_dropout_seed\"^\n\x0b\x46orwardDone\x12\x15\n\rmicrobatch_id\x18\x01 \x01(\x0c\x12\x12\n\nis_stashed\x18\x02 \x01(\x08\x12\x12\n\ncompute_us\x18\x03 \x01(\r\x12\x10\n\x08queue_us\x18\x04 \x01(\r\"C\n\x08\x42\x61\x63kward\x12\x15\n\rmicrobatch_id\x18\x01 \x01(\x0c\x12 \n\x05\x61gain\x18\x02 \x01(\x0b\x32\x11.swarm.v1.Forward\"`\n\x0c\x42\x61\x63kwardDone\x12\x15\n\rmicrobatch_id\x18\x01 \x01(\x0c\x12\x13\n\x0bwas_stashed\x18\x02 \x01(\x08\x12\x12\n\ncompute_us\x18\x03 \x01(\r\x12\x10\n\x08queue_us\x18\x04 \x01(\r\";\n\rGetNodeStatus\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.swarm.v1.ProtocolVersion\"\xc0\x02\n\nNodeStatus\x12*\n\x07version\x18\x01 \x01(\x0b\x32\x19.swarm.v1.ProtocolVersion\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\x0c\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12\x14\n\x0cnum_sessions\x18\x06 \x01(\r\x12\x18\n\x10\x63\x61\x63he_bytes_used\x18\x07 \x01(\x04\x12\x1a\n\x12\x63\x61\x63he_bytes_budget\x18\x08 \x01(\x04\x12\x11\n\tnum_steps\x18\t \x01(\x04\x12\x14\n\x0cnum_forwards\x18\n \x01(\x04\x12\x15\n\rnum_backwards\x18\x0b \x01(\x04\x12\x18\n\x10stash_bytes_used\x18\x0c \x01(\x04\x12\x1a\n\x12stash_bytes_budget\x18\r \x01(\x04\"?\n\x07Refusal\x12#\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x15.swarm.v1.RefusalCode\x12\x0f\n\x07message\x18\x02 \x01(\t*\xca\x02\n\x0bRefusalCode\x12\x18\n\x14THE_REQUEST_IS_WRONG\x10\x00\x12\x19\n\x15THIS_NODE_HAS_NO_ROOM\x10\x01\x12\x18\n\x14THIS_NODE_IS_LEAVING\x10\x02\x12\"\n\x1eTHE_BLOCKS_ARE_NOT_SERVED_HERE\x10\x03\x12\x16\n\x12THE_WEIGHTS_DIFFER\x10\x04\x12\x1c\n\x18THE_VERSIONS_DO_NOT_MEET\x10\x05\x12\x1a\n\x16THE_SESSION_IS_UNKNOWN\x10\x06\x12\x1a\n\x16THE_CACHE_IS_TOO_SMALL\x10\x07\x12\x1a\n\x16THE_COMPUTATION_FAILED\x10\x08\x12\x1d\n\x19THE_MICROBATCH_IS_UNKNOWN\x10\t\x12\x1f\n\x1bTHE_MICROBATCH_IS_TOO_LARGE\x10\nb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.node_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REFUSALCODE']._serialized_start=1432
-  _globals['_REFUSALCODE']._serialized_end=1698
+  _globals['_REFUSALCODE']._serialized_start=2493
+  _globals['_REFUSALCODE']._serialized_end=2823
   _globals['_PROTOCOLVERSION']._serialized_start=52
   _globals['_PROTOCOLVERSION']._serialized_end=117
   _globals['_REQUEST']._serialized_start=120
-  _globals['_REQUEST']._serialized_end=292
-  _globals['_REPLY']._serialized_start=295
-  _globals['_REPLY']._serialized_end=508
-  _globals['_OPENSESSION']._serialized_start=511
-  _globals['_OPENSESSION']._serialized_end=696
-  _globals['_SESSIONOPENED']._serialized_start=699
-  _globals['_SESSIONOPENED']._serialized_end=834
-  _globals['_STEP']._serialized_start=837
-  _globals['_STEP']._serialized_end=986
-  _globals['_STEPDONE']._serialized_start=988
-  _globals['_STEPDONE']._serialized_end=1079
-  _globals['_GETNODESTATUS']._serialized_start=1081
-  _globals['_GETNODESTATUS']._serialized_end=1140
-  _globals['_NODESTATUS']._serialized_start=1143
-  _globals['_NODESTATUS']._serialized_end=1364
-  _globals['_REFUSAL']._serialized_start=1366
-  _globals['_REFUSAL']._serialized_end=1429
+  _globals['_REQUEST']._serialized_end=427
+  _globals['_REPLY']._serialized_start=430
+  _globals['_REPLY']._serialized_end=790
+  _globals['_OPENSESSION']._serialized_start=793
+  _globals['_OPENSESSION']._serialized_end=978
+  _globals['_SESSIONOPENED']._serialized_start=981
+  _globals['_SESSIONOPENED']._serialized_end=1116
+  _globals['_STEP']._serialized_start=1119
+  _globals['_STEP']._serialized_end=1268
+  _globals['_STEPDONE']._serialized_start=1270
+  _globals['_STEPDONE']._serialized_end=1361
+  _globals['_OPENMICROBATCHES']._serialized_start=1364
+  _globals['_OPENMICROBATCHES']._serialized_end=1499
+  _globals['_MICROBATCHESOPENED']._serialized_start=1502
+  _globals['_MICROBATCHESOPENED']._serialized_end=1633
+  _globals['_FORWARD']._serialized_start=1636
+  _globals['_FORWARD']._serialized_end=1778
+  _globals['_FORWARDDONE']._serialized_start=1780
+  _globals['_FORWARDDONE']._serialized_end=1874
+  _globals['_BACKWARD']._serialized_start=1876
+  _globals['_BACKWARD']._serialized_end=1943
+  _globals['_BACKWARDDONE']._serialized_start=1945
+  _globals['_BACKWARDDONE']._serialized_end=2041
+  _globals['_GETNODESTATUS']._serialized_start=2043
+  _globals['_GETNODESTATUS']._serialized_end=2102
+  _globals['_NODESTATUS']._serialized_start=2105
+  _globals['_NODESTATUS']._serialized_end=2425
+  _globals['_REFUSAL']._serialized_start=2427
+  _globals['_REFUSAL']._serialized_end=2490
 # @@protoc_insertion_point(module_scope)

@@ -19,6 +19,8 @@ class RefusalCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     THE_SESSION_IS_UNKNOWN: _ClassVar[RefusalCode]
     THE_CACHE_IS_TOO_SMALL: _ClassVar[RefusalCode]
     THE_COMPUTATION_FAILED: _ClassVar[RefusalCode]
+    THE_MICROBATCH_IS_UNKNOWN: _ClassVar[RefusalCode]
+    THE_MICROBATCH_IS_TOO_LARGE: _ClassVar[RefusalCode]
 THE_REQUEST_IS_WRONG: RefusalCode
 THIS_NODE_HAS_NO_ROOM: RefusalCode
 THIS_NODE_IS_LEAVING: RefusalCode
@@ -28,6 +30,8 @@ THE_VERSIONS_DO_NOT_MEET: RefusalCode
 THE_SESSION_IS_UNKNOWN: RefusalCode
 THE_CACHE_IS_TOO_SMALL: RefusalCode
 THE_COMPUTATION_FAILED: RefusalCode
+THE_MICROBATCH_IS_UNKNOWN: RefusalCode
+THE_MICROBATCH_IS_TOO_LARGE: RefusalCode
 
 class ProtocolVersion(_message.Message):
     __slots__ = ("major", "minor", "software")
@@ -40,30 +44,42 @@ class ProtocolVersion(_message.Message):
     def __init__(self, major: _Optional[int] = ..., minor: _Optional[int] = ..., software: _Optional[str] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("tensors", "open", "step", "status")
+    __slots__ = ("tensors", "open", "step", "status", "open_microbatches", "forward", "backward")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    OPEN_MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]
     open: OpenSession
     step: Step
     status: GetNodeStatus
-    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ..., open: _Optional[_Union[OpenSession, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., status: _Optional[_Union[GetNodeStatus, _Mapping]] = ...) -> None: ...
+    open_microbatches: OpenMicrobatches
+    forward: Forward
+    backward: Backward
+    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ..., open: _Optional[_Union[OpenSession, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., status: _Optional[_Union[GetNodeStatus, _Mapping]] = ..., open_microbatches: _Optional[_Union[OpenMicrobatches, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ...) -> None: ...
 
 class Reply(_message.Message):
-    __slots__ = ("tensors", "refusal", "opened", "step", "status")
+    __slots__ = ("tensors", "refusal", "opened", "step", "status", "microbatches_opened", "forward", "backward")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     OPENED_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    MICROBATCHES_OPENED_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]
     refusal: Refusal
     opened: SessionOpened
     step: StepDone
     status: NodeStatus
-    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., opened: _Optional[_Union[SessionOpened, _Mapping]] = ..., step: _Optional[_Union[StepDone, _Mapping]] = ..., status: _Optional[_Union[NodeStatus, _Mapping]] = ...) -> None: ...
+    microbatches_opened: MicrobatchesOpened
+    forward: ForwardDone
+    backward: BackwardDone
+    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., opened: _Optional[_Union[SessionOpened, _Mapping]] = ..., step: _Optional[_Union[StepDone, _Mapping]] = ..., status: _Optional[_Union[NodeStatus, _Mapping]] = ..., microbatches_opened: _Optional[_Union[MicrobatchesOpened, _Mapping]] = ..., forward: _Optional[_Union[ForwardDone, _Mapping]] = ..., backward: _Optional[_Union[BackwardDone, _Mapping]] = ...) -> None: ...
 
 class OpenSession(_message.Message):
     __slots__ = ("version", "session_id", "model_digest", "start", "end", "block_digests", "batch", "max_length")
@@ -125,6 +141,78 @@ class StepDone(_message.Message):
     queue_us: int
     def __init__(self, session_version: _Optional[int] = ..., position: _Optional[int] = ..., compute_us: _Optional[int] = ..., queue_us: _Optional[int] = ...) -> None: ...
 
+class OpenMicrobatches(_message.Message):
+    __slots__ = ("version", "model_digest", "start", "end", "block_digests")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    version: ProtocolVersion
+    model_digest: bytes
+    start: int
+    end: int
+    block_digests: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, version: _Optional[_Union[ProtocolVersion, _Mapping]] = ..., model_digest: _Optional[bytes] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., block_digests: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class MicrobatchesOpened(_message.Message):
+    __slots__ = ("version", "numeric_class", "max_tokens", "idle_timeout_s")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUMERIC_CLASS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IDLE_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    version: ProtocolVersion
+    numeric_class: str
+    max_tokens: int
+    idle_timeout_s: int
+    def __init__(self, version: _Optional[_Union[ProtocolVersion, _Mapping]] = ..., numeric_class: _Optional[str] = ..., max_tokens: _Optional[int] = ..., idle_timeout_s: _Optional[int] = ...) -> None: ...
+
+class Forward(_message.Message):
+    __slots__ = ("microbatch_id", "wants_gradients", "has_mask", "has_positions", "dropout_seed")
+    MICROBATCH_ID_FIELD_NUMBER: _ClassVar[int]
+    WANTS_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    HAS_MASK_FIELD_NUMBER: _ClassVar[int]
+    HAS_POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    DROPOUT_SEED_FIELD_NUMBER: _ClassVar[int]
+    microbatch_id: bytes
+    wants_gradients: bool
+    has_mask: bool
+    has_positions: bool
+    dropout_seed: int
+    def __init__(self, microbatch_id: _Optional[bytes] = ..., wants_gradients: bool = ..., has_mask: bool = ..., has_positions: bool = ..., dropout_seed: _Optional[int] = ...) -> None: ...
+
+class ForwardDone(_message.Message):
+    __slots__ = ("microbatch_id", "is_stashed", "compute_us", "queue_us")
+    MICROBATCH_ID_FIELD_NUMBER: _ClassVar[int]
+    IS_STASHED_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    microbatch_id: bytes
+    is_stashed: bool
+    compute_us: int
+    queue_us: int
+    def __init__(self, microbatch_id: _Optional[bytes] = ..., is_stashed: bool = ..., compute_us: _Optional[int] = ..., queue_us: _Optional[int] = ...) -> None: ...
+
+class Backward(_message.Message):
+    __slots__ = ("microbatch_id", "again")
+    MICROBATCH_ID_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
+    microbatch_id: bytes
+    again: Forward
+    def __init__(self, microbatch_id: _Optional[bytes] = ..., again: _Optional[_Union[Forward, _Mapping]] = ...) -> None: ...
+
+class BackwardDone(_message.Message):
+    __slots__ = ("microbatch_id", "was_stashed", "compute_us", "queue_us")
+    MICROBATCH_ID_FIELD_NUMBER: _ClassVar[int]
+    WAS_STASHED_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_US_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_US_FIELD_NUMBER: _ClassVar[int]
+    microbatch_id: bytes
+    was_stashed: bool
+    compute_us: int
+    queue_us: int
+    def __init__(self, microbatch_id: _Optional[bytes] = ..., was_stashed: bool = ..., compute_us: _Optional[int] = ..., queue_us: _Optional[int] = ...) -> None: ...
+
 class GetNodeStatus(_message.Message):
     __slots__ = ("version",)
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -132,7 +220,7 @@ class GetNodeStatus(_message.Message):
     def __init__(self, version: _Optional[_Union[ProtocolVersion, _Mapping]] = ...) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("version", "model_name", "model_digest", "start", "end", "num_sessions", "cache_bytes_used", "cache_bytes_budget", "num_steps")
+    __slots__ = ("version", "model_name", "model_digest", "start", "end", "num_sessions", "cache_bytes_used", "cache_bytes_budget", "num_steps", "num_forwards", "num_backwards", "stash_bytes_used", "stash_bytes_budget")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -142,6 +230,10 @@ class NodeStatus(_message.Message):
     CACHE_BYTES_USED_FIELD_NUMBER: _ClassVar[int]
     CACHE_BYTES_BUDGET_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FORWARDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BACKWARDS_FIELD_NUMBER: _ClassVar[int]
+    STASH_BYTES_USED_FIELD_NUMBER: _ClassVar[int]
+    STASH_BYTES_BUDGET_FIELD_NUMBER: _ClassVar[int]
     version: ProtocolVersion
     model_name: str
     model_digest: bytes
@@ -151,7 +243,11 @@ class NodeStatus(_message.Message):
     cache_bytes_used: int
     cache_bytes_budget: int
     num_steps: int
-    def __init__(self, version: _Optional[_Union[ProtocolVersion, _Mapping]] = ..., model_name: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., num_sessions: _Optional[int] = ..., cache_bytes_used: _Optional[int] = ..., cache_bytes_budget: _Optional[int] = ..., num_steps: _Optional[int] = ...) -> None: ...
+    num_forwards: int
+    num_backwards: int
+    stash_bytes_used: int
+    stash_bytes_budget: int
+    def __init__(self, version: _Optional[_Union[ProtocolVersion, _Mapping]] = ..., model_name: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., num_sessions: _Optional[int] = ..., cache_bytes_used: _Optional[int] = ..., cache_bytes_budget: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_forwards: _Optional[int] = ..., num_backwards: _Optional[int] = ..., stash_bytes_used: _Optional[int] = ..., stash_bytes_budget: _Optional[int] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("code", "message")

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/tensor.proto\x12\x08swarm.v1\"]\n\x0cTensorHeader\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.swarm.v1.DType\x12\x1e\n\x05\x63odec\x18\x02 \x01(\x0e\x32\x0f.swarm.v1.Codec\x12\r\n\x05shape\x18\x03 \x03(\r*[\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x12\x0b\n\x07\x46LOAT16\x10\x03\x12\t\n\x05INT64\x10\x04\x12\x08\n\x04\x42OOL\x10\x05*\x10\n\x05\x43odec\x12\x07\n\x03RAW\x10\x00\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/tensor.proto\x12\x08swarm.v1\"]\n\x0cTensorHeader\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.swarm.v1.DType\x12\x1e\n\x05\x63odec\x18\x02 \x01(\x0e\x32\x0f.swarm.v1.Codec\x12\r\n\x05shape\x18\x03 \x03(\r*[\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x12\x0b\n\x07\x46LOAT16\x10\x03\x12\t\n\x05INT64\x10\x04\x12\x08\n\x04\x42OOL\x10\x05*$\n\x05\x43odec\x12\x07\n\x03RAW\x10\x00\x12\x12\n\x0e\x42LOCKWISE_INT8\x10\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,7 +34,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DTYPE']._serialized_start=128
   _globals['_DTYPE']._serialized_end=219
   _globals['_CODEC']._serialized_start=221
-  _globals['_CODEC']._serialized_end=237
+  _globals['_CODEC']._serialized_end=257
   _globals['_TENSORHEADER']._serialized_start=33
   _globals['_TENSORHEADER']._serialized_end=126
 # @@protoc_insertion_point(module_scope)

@@ -19,6 +19,7 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     RAW: _ClassVar[Codec]
+    BLOCKWISE_INT8: _ClassVar[Codec]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 BFLOAT16: DType
@@ -26,6 +27,7 @@ FLOAT16: DType
 INT64: DType
 BOOL: DType
 RAW: Codec
+BLOCKWISE_INT8: Codec
 
 class TensorHeader(_message.Message):
     __slots__ = ("dtype", "codec", "shape")

@@ -29,6 +29,7 @@ from swarm.span import Span
 
 if TYPE_CHECKING:
     from swarm.client.blocking import Swarm
+    from swarm.client.classify import SwarmModelForSequenceClassification
     from swarm.client.config import ClientConfig
     from swarm.client.connect import SwarmClient, open_swarm
     from swarm.client.model import SwarmModelForCausalLM
@@ -50,6 +51,7 @@ __all__ = [
     "SwarmClient",
     "SwarmError",
     "SwarmModelForCausalLM",
+    "SwarmModelForSequenceClassification",
     "UserError",
     "connect",
     "open_swarm",
@@ -61,6 +63,7 @@ _HOME_OF = {
     "Swarm": "swarm.client.blocking",
     "SwarmClient": "swarm.client.connect",
     "SwarmModelForCausalLM": "swarm.client.model",
+    "SwarmModelForSequenceClassification": "swarm.client.classify",
     "open_swarm": "swarm.client.connect",
 }
 

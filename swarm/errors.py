@@ -9,6 +9,7 @@
     |- PeerFailed       another peer: this one vanished, stalled or cannot go on
     |  `- BadReply          another peer, and blame this one: it answered nonsense
     |- Busy             the same peer, later: it is full just now
+    |- MicrobatchGone   the same peer, now: it needs the microbatch's input again
     `- BadRequest       nobody: a bug of ours, or an incompatible version; never retry
 
 Every message names the cause and the next step.
@@ -51,6 +52,10 @@ class BadReply(PeerFailed):
 
 class Busy(SwarmError):
     """This peer has no room now; another peer, or the same one later."""
+
+
+class MicrobatchGone(SwarmError):
+    """This peer keeps nothing (any more) of a microbatch; send its input again with the gradient."""
 
 
 class BadRequest(SwarmError):

@@ -13,12 +13,12 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from protos import node_pb2
-from swarm.errors import BadReply, BadRequest, Busy, PeerFailed, SwarmError
-from swarm.tensors import Buffer, decode_tensors, encode_tensor
+from swarm.errors import BadReply, BadRequest, Busy, MicrobatchGone, PeerFailed, SwarmError
+from swarm.tensors import Buffer, WireFormat, decode_tensors, encode_tensor
 
 NODE_PROTOCOL = "shardswarm/node"  # libp2p protocol id of the streams that nodes serve; versions meet inside
 PROTOCOL_MAJOR = 1
-PROTOCOL_MINOR = 0
+PROTOCOL_MINOR = 1
 SOFTWARE = "shardswarm 0.1.0"
 MAX_HEADER_BYTES = 64 * 1024
 MAX_TENSORS = 8
@@ -37,6 +37,8 @@ _ERROR_OF_CODE: dict[int, type[SwarmError]] = {
     node_pb2.THE_SESSION_IS_UNKNOWN: PeerFailed,
     node_pb2.THE_CACHE_IS_TOO_SMALL: Busy,
     node_pb2.THE_COMPUTATION_FAILED: BadReply,
+    node_pb2.THE_MICROBATCH_IS_UNKNOWN: MicrobatchGone,
+    node_pb2.THE_MICROBATCH_IS_TOO_LARGE: BadRequest,
 }
 
 
@@ -57,11 +59,13 @@ def versions_meet(other: node_pb2.ProtocolVersion) -> bool:
     return bool(other.major == PROTOCOL_MAJOR)
 
 
-def encode_message(header: node_pb2.Request | node_pb2.Reply, tensors: Sequence[Tensor] = ()) -> list[Buffer]:
-    """The message as buffers to be written one after another. Sets header.tensors."""
+def encode_message(
+    header: node_pb2.Request | node_pb2.Reply, tensors: Sequence[Tensor] = (), wire: WireFormat | None = None
+) -> list[Buffer]:
+    """The message as buffers to be written one after another. Sets header.tensors. wire: as for encode_tensor."""
     parts: list[Buffer] = []
     for tensor in tensors:
-        tensor_header, raw = encode_tensor(tensor)
+        tensor_header, raw = encode_tensor(tensor, wire)
         header.tensors.append(tensor_header)
         parts.append(raw)
     encoded = header.SerializeToString()

@@ -110,9 +110,10 @@ def plan_route(
     accepted: Sequence[bytes | None],
     *,
     hop_s: Callable[[ShardRecord], float] = lambda _: DEFAULT_HOP_S,
+    block_s: Callable[[ShardRecord], float] = lambda record: record.decode_s_per_block or DEFAULT_BLOCK_S,
     numeric_class: str | None = None,
 ) -> Route:
-    """The chain of hops over `wanted` with the least time for one token: sum of hop_s + blocks x announced seconds per block.
+    """The chain of hops over `wanted` with the least time: sum of hop_s + blocks x block_s, by default for one token as announced.
 
     A shortest path over block boundaries. With numeric_class only peers of that class are used. Raises NoRoute.
     """
@@ -132,7 +133,7 @@ def plan_route(
         for record, span in pieces:
             if not span.has(edge):
                 continue
-            per_block = record.decode_s_per_block or DEFAULT_BLOCK_S
+            per_block = block_s(record)
             for stop in edges:
                 if edge < stop <= span.end:
                     total = cost + hop_s(record) + per_block * (stop - edge)

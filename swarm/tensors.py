@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from protos import tensor_pb2
@@ -24,6 +26,31 @@ _TO_WIRE = {
 _FROM_WIRE = {wire: dtype for dtype, wire in _TO_WIRE.items()}
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIMENSIONS = 4
+INT8_BLOCK = 64
+_INT8_MAX = 127
+
+
+class WireFormat(enum.StrEnum):
+    """How floating values travel, and what that costs a float32 value: an error in it, and bytes.
+
+    FP32: exact; 4 bytes.
+    BF16: a relative error of 2**-8 at most (round to nearest, 8 significant bits), from 2**-126 up; 2 bytes.
+    INT8: an error of absmax / 254 at most, absmax being the largest absolute value of its block of 64 consecutive ones
+    (and 2**-14 of that for float32's own rounding, and 2**-142 where absmax / 127 is subnormal); 1.0625 bytes.
+
+    With BF16 and INT8 what is larger than 3.38e38 may become infinite, which receivers refuse.
+    """
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+_WIRE_FORMAT_OF = {
+    (tensor_pb2.FLOAT32, tensor_pb2.RAW): WireFormat.FP32,
+    (tensor_pb2.BFLOAT16, tensor_pb2.RAW): WireFormat.BF16,
+    (tensor_pb2.FLOAT32, tensor_pb2.BLOCKWISE_INT8): WireFormat.INT8,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +84,21 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
 
 
-def encode_tensor(tensor: Tensor) -> tuple[tensor_pb2.TensorHeader, memoryview]:
-    """Header and raw little-endian bytes. The bytes are a view of a contiguous CPU tensor, not a copy."""
+def wire_format_of(header: tensor_pb2.TensorHeader) -> WireFormat | None:
+    """The form that a tensor came in, to answer in the same; None: in another one."""
+    return _WIRE_FORMAT_OF.get((header.dtype, header.codec))
+
+
+def encode_tensor(tensor: Tensor, wire: WireFormat | None = None) -> tuple[tensor_pb2.TensorHeader, memoryview]:
+    """Header and little-endian bytes. wire is for floating tensors, others ignore it; None: in the tensor's own dtype.
+
+    The bytes are a view of a contiguous CPU tensor, not a copy, if nothing has to be converted.
+    """
     plain = tensor.detach() if tensor.requires_grad else tensor
+    if wire is not None and plain.dtype.is_floating_point:
+        if wire is WireFormat.INT8:
+            return _encode_blockwise_int8(plain)
+        plain = plain.to(torch.float32 if wire is WireFormat.FP32 else torch.bfloat16)
     if plain.device.type != "cpu" or not plain.is_contiguous():
         plain = plain.to("cpu").contiguous()
     header = tensor_pb2.TensorHeader(dtype=_TO_WIRE[plain.dtype], codec=tensor_pb2.RAW, shape=plain.shape)
@@ -71,14 +110,37 @@ def encode_tensor(tensor: Tensor) -> tuple[tensor_pb2.TensorHeader, memoryview]:
     return header, values.cast("B")
 
 
+def _encode_blockwise_int8(tensor: Tensor) -> tuple[tensor_pb2.TensorHeader, memoryview]:
+    """NaN or infinity in a block make its scale so, which a receiver refuses."""
+    header = tensor_pb2.TensorHeader(dtype=tensor_pb2.FLOAT32, codec=tensor_pb2.BLOCKWISE_INT8, shape=tensor.shape)
+    size = tensor.numel()
+    if size == 0:
+        return header, memoryview(b"")
+    blocks = F.pad(tensor.reshape(-1).float(), (0, -size % INT8_BLOCK)).view(-1, INT8_BLOCK)
+    scales = blocks.abs().amax(dim=1) / _INT8_MAX
+    # Divided by a scale of 0 (of zeros, or of values too small to have one) they would be NaN, which as int8 is undefined; a
+    # subnormal scale may be so far off that they leave the range.
+    divisors = torch.where(scales == 0, torch.inf, scales)
+    steps = (blocks / divisors[:, None]).round_().clamp_(-_INT8_MAX, _INT8_MAX)
+    payload = torch.empty(num_bytes(header), dtype=torch.uint8)
+    payload[: scales.nbytes].view(torch.float32).copy_(scales)
+    payload[scales.nbytes :].view(torch.int8).copy_(steps.view(-1)[:size])
+    return header, payload.numpy().data
+
+
 def num_bytes(header: tensor_pb2.TensorHeader) -> int:
-    """Bytes of the tensor that header describes. BadRequest for headers that describe none."""
+    """Bytes that the tensor which header describes takes on the wire. BadRequest for headers that describe none."""
     dtype = _FROM_WIRE.get(header.dtype)
-    if dtype is None or header.codec != tensor_pb2.RAW:
+    if dtype is None or header.codec not in (tensor_pb2.RAW, tensor_pb2.BLOCKWISE_INT8):
         raise BadRequest(f"tensor header: unknown dtype {header.dtype} or codec {header.codec}")
+    if header.codec == tensor_pb2.BLOCKWISE_INT8 and dtype is not torch.float32:
+        raise BadRequest(f"tensor header: codec BLOCKWISE_INT8 is of FLOAT32, not of {dtype}")
     if len(header.shape) > MAX_DIMENSIONS:
         raise BadRequest(f"tensor header: {len(header.shape)} dimensions, at most {MAX_DIMENSIONS} are allowed")
-    return math.prod(header.shape) * dtype.itemsize
+    size = math.prod(header.shape)
+    if header.codec == tensor_pb2.BLOCKWISE_INT8:
+        return size + 4 * -(-size // INT8_BLOCK)
+    return size * dtype.itemsize
 
 
 def decode_tensors(headers: Sequence[tensor_pb2.TensorHeader], payload: memoryview) -> list[Tensor]:
@@ -94,9 +156,23 @@ def decode_tensors(headers: Sequence[tensor_pb2.TensorHeader], payload: memoryvi
             tensors.append(torch.empty(tuple(min(length, 2**15) for length in header.shape), dtype=dtype))
             continue
         part = bytearray(payload[offset : offset + size])  # a copy: aligned, writable and independent of the message
-        if dtype is torch.bool:
+        if header.codec == tensor_pb2.BLOCKWISE_INT8:
+            tensors.append(_decode_blockwise_int8(part, math.prod(header.shape)).view(tuple(header.shape)))
+        elif dtype is torch.bool:
             tensors.append(torch.frombuffer(part, dtype=torch.uint8).view(tuple(header.shape)) != 0)
         else:
             tensors.append(torch.frombuffer(part, dtype=dtype).view(tuple(header.shape)))
         offset += size
     return tensors
+
+
+def _decode_blockwise_int8(part: bytearray, size: int) -> Tensor:
+    """float32 [size]."""
+    scales = torch.frombuffer(part, dtype=torch.float32, count=-(-size // INT8_BLOCK))
+    if not bool(((scales >= 0) & (scales < torch.inf)).all()):
+        raise BadRequest("tensor: the scales of its blocks must be finite and not negative")
+    values = torch.frombuffer(part, dtype=torch.int8, offset=scales.nbytes).float()
+    in_whole_blocks = size - size % INT8_BLOCK
+    values[:in_whole_blocks].view(-1, INT8_BLOCK).mul_(scales[: size // INT8_BLOCK, None])
+    values[in_whole_blocks:].mul_(scales[-1])
+    return values

@@ -5,9 +5,12 @@ B batch rows, T new tokens, H hidden size.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
 import inspect
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,6 +65,10 @@ class SpanModel:
         self._takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
         self._enters_late = False  # whether the base model changes hidden states on their way to the first block
         self._views: dict[Span, _View] = {}
+        self._weight_places = {
+            tensor.untyped_storage().data_ptr()
+            for tensor in itertools.chain(self._base.parameters(), self._base.buffers())
+        }
         try:
             with quiet_libraries(), torch.inference_mode():
                 misfit = self._find_misfit()
@@ -83,14 +90,9 @@ class SpanModel:
 
         mask: bool [B, T], False for padding; None if all are real. Positions count the real tokens of each row, as transformers does.
         """
-        if hidden_BTH.ndim != 3 or hidden_BTH.shape[2] != self.hidden_size or hidden_BTH.dtype != self.dtype:
-            raise BadRequest(
-                f"hidden states must be {self.dtype} [batch, tokens, {self.hidden_size}], got {hidden_BTH.dtype} {list(hidden_BTH.shape)}"
-            )
+        self._check(hidden_BTH, mask)
         batch, num_new = hidden_BTH.shape[:2]
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, num_new)):
-            raise BadRequest(f"the mask must be bool [{batch}, {num_new}], got {mask.dtype} {list(mask.shape)}")
-        view = self._views.get(cache.hop) or self._new_view(cache.hop)
+        view = self._view_of(cache.hop)
         with torch.inference_mode():
             attention_mask, positions = cache.extend_mask(mask, batch, num_new)
             hidden_BTH = hidden_BTH.to(self.device)
@@ -107,14 +109,74 @@ class SpanModel:
         cache.num_tokens += num_new
         return output.to("cpu")
 
+    def forward_whole(
+        self,
+        hop: Span,
+        hidden_BTH: Tensor,
+        *,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        dropout_seed: int | None = None,
+    ) -> Tensor:
+        """All tokens at once through the blocks of a hop, without a cache: [B, T, H]. With autograd, if the caller has it switched on.
+
+        mask: bool [B, T]; positions: int64 [1 or B, T]; None: what the model does by default. dropout_seed: with the model's own
+        dropout, which follows from the seed and the block's index alone, however the blocks are spread over hops.
+        """
+        self._check(hidden_BTH, mask)
+        view = self._view_of(hop)
+        options: dict[str, Any] = {}
+        if positions is not None:
+            if not self._takes_positions:
+                raise BadRequest("this model takes no position ids: it counts by the mask")
+            options["position_ids"] = positions.to(self.device)
+        hidden_BTH = hidden_BTH.to(self.device)
+        if view.entry is not None:
+            view.entry.given = hidden_BTH
+        with contextlib.nullcontext() if dropout_seed is None else view.dropout(dropout_seed):
+            output: Tensor = view.base(
+                inputs_embeds=hidden_BTH,
+                attention_mask=None if mask is None else mask.long().to(self.device),
+                use_cache=False,
+                **options,
+            )[0]
+        return output.to("cpu")
+
+    def differentiable(self, hop: Span, hidden_BTH: Tensor, **options: Any) -> tuple[Tensor, Tensor, int]:
+        """As forward_whole, keeping the autograd graph: (the input, the output that hangs on it, bytes that the graph holds).
+
+        The weights are no part of the graph: torch.autograd.grad(output, input, gradient) computes no gradients for them.
+        """
+        given = hidden_BTH.detach().requires_grad_()
+        held: dict[int, int] = {}
+
+        def pack(saved: Tensor) -> Tensor:
+            storage = saved.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+            return saved.detach()  # an output that its own graph holds would never be freed
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            output = self.forward_whole(hop, given, **options)
+        held |= {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in (given, output)}
+        return given, output, sum(size for place, size in held.items() if place not in self._weight_places)
+
+    def _check(self, hidden_BTH: Tensor, mask: Tensor | None) -> None:
+        if hidden_BTH.ndim != 3 or hidden_BTH.shape[2] != self.hidden_size or hidden_BTH.dtype != self.dtype:
+            raise BadRequest(
+                f"hidden states must be {self.dtype} [batch, tokens, {self.hidden_size}], got {hidden_BTH.dtype} {list(hidden_BTH.shape)}"
+            )
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != hidden_BTH.shape[:2]):
+            raise BadRequest(f"the mask must be bool {list(hidden_BTH.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
+
     def cache_bytes_per_token(self) -> int:
         """Bytes that one token of one row takes in the cache of one block, measured."""
         cache = self.new_cache(self.span)
         self.forward(torch.zeros(1, 8, self.hidden_size, dtype=self.dtype), cache)
         return -(-cache.num_bytes // (8 * len(self.span)))
 
-    def _new_view(self, hop: Span) -> _View:
-        self._views[hop] = _View(self._base, self.span, hop, self._enters_late)
+    def _view_of(self, hop: Span) -> _View:
+        if hop not in self._views:
+            self._views[hop] = _View(self._base, self.span, hop, self._enters_late)
         return self._views[hop]
 
     def _find_misfit(self) -> str | None:
@@ -235,12 +297,35 @@ class _View:
         name, blocks = find_blocks(base, len(span))
         first, *rest = list(blocks)[local.start : local.end]
         self.entry = _Entry(first) if enters_late else None
+        self._blocks = dict(zip(hop, [first, *rest], strict=True))
         self.base = parent = _copy_shallowly(base)
         for step in name.split(".")[:-1]:
             child = _copy_shallowly(getattr(parent, step))
             setattr(parent, step, child)
             parent = child
         replace_blocks(self.base, len(span), local, [self.entry or first, *rest])
+
+    @contextlib.contextmanager
+    def dropout(self, seed: int) -> Iterator[None]:
+        """Train mode, with a random state for each block that follows from the seed and the block's index."""
+
+        def reseed(index: int) -> Any:
+            digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
+
+            def hook(*_: Any) -> None:
+                torch.manual_seed(int.from_bytes(digest[:7], "big"))
+
+            return hook
+
+        hooks = [block.register_forward_pre_hook(reseed(index)) for index, block in self._blocks.items()]
+        try:
+            with torch.random.fork_rng():
+                self.base.train()
+                yield
+        finally:
+            self.base.eval()
+            for hook in hooks:
+                hook.remove()
 
 
 class _Entry(nn.Module):

@@ -14,6 +14,7 @@ from swarm.client.connect import SwarmClient, open_swarm
 from swarm.client.session import Session
 
 if TYPE_CHECKING:
+    from swarm.client.classify import SwarmModelForSequenceClassification
     from swarm.client.model import SwarmModelForCausalLM
 
 T = TypeVar("T")
@@ -107,6 +108,12 @@ class Swarm:
         if self._model is None:
             self._model = SwarmModelForCausalLM.of(self)
         return self._model
+
+    def classifier(self, num_labels: int = 2, **options: Any) -> SwarmModelForSequenceClassification:
+        """The model with a new classification head in the place of its own. options: further fields of its config."""
+        from swarm.client.classify import SwarmModelForSequenceClassification
+
+        return SwarmModelForSequenceClassification.of(self, num_labels=num_labels, **options)
 
     def session(self, *, batch: int = 1, max_length: int) -> Session:
         """An opened session of the async API. Close it with run(session.aclose())."""

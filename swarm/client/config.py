@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swarm.errors import UserError
+from swarm.tensors import WireFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,17 @@ class ClientConfig:
     """A hop that does not answer a ping for so long is given up."""
     records_max_age_s: float = 10.0
     """Records older than this are fetched again before a route is planned."""
+    wire: WireFormat | str = WireFormat.BF16
+    """How hidden states and gradients of microbatches travel: fp32, bf16 or int8 (swarm/tensors.py states each one's error).
+    Sessions always send what they have."""
+    microbatch_tokens: int = 512
+    """A batch is split, by rows, into microbatches of at most so many tokens (at least one row)."""
+    max_in_flight: int = 4
+    """Microbatches under way at the same time."""
+    microbatch_timeout_s: float = 120.0
+    """Bound on one microbatch through all blocks, one way, with all its retries."""
+    dropout: bool = False
+    """Whether the model's own dropout is on while it is in train mode; it follows from torch's random state."""
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
     cache_dir: Path | None = None
 
@@ -35,6 +47,9 @@ class ClientConfig:
             raise UserError(
                 "no initial peers: give the address that swarm-bootstrap printed (--initial-peers, or SHARDSWARM_INITIAL_PEERS)"
             )
-        for name in ("request_timeout_s", "join_timeout_s", "patience_s", "stall_s", "ping_timeout_s"):
+        if self.wire not in list(WireFormat):
+            raise UserError(f"wire must be one of {', '.join(WireFormat)}, got {self.wire!r}")
+        counts = ("microbatch_tokens", "max_in_flight", "microbatch_timeout_s")
+        for name in (*counts, "request_timeout_s", "join_timeout_s", "patience_s", "stall_s", "ping_timeout_s"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, got {getattr(self, name)}")

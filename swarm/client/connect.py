@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.client.config import ClientConfig
 from swarm.client.ends import Ends
+from swarm.client.microbatch import RemoteBlocks
 from swarm.client.router import Router
 from swarm.client.session import Session
 from swarm.errors import RouteBroken
@@ -29,6 +30,7 @@ class SwarmClient:
     ) -> None:
         self.host, self.directory, self.config = host, directory, config
         self.checkpoint, self.ends, self.router = checkpoint, ends, router
+        self.blocks = RemoteBlocks(host, router, config)
 
     def session(self, *, batch: int = 1, max_length: int) -> Session:
         """A session of `batch` rows of at most max_length tokens; open it with `async with`."""
@@ -67,9 +69,13 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[SwarmClient]:
 
         checkpoint, ends, expected = await asyncio.to_thread(load)
         namesakes = served if checkpoint.name == config.model else await _find_name(directory, config, checkpoint.name)
-        yield SwarmClient(
+        client = SwarmClient(
             host, directory, checkpoint, ends, Router(directory, checkpoint.spec, expected, config, namesakes), config
         )
+        try:
+            yield client
+        finally:
+            await client.blocks.aclose()
 
 
 async def _find_name(directory: Directory, config: ClientConfig, name: str) -> list[ShardRecord]:

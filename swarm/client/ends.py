@@ -8,6 +8,7 @@ whatever the family does. B batch rows, T tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import threading
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Ends:
         self.module.to(self.device)
         (self._relay,) = relays
         self._base = self.module.base_model
-        self._takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
+        self.takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
         # The long way costs a model's worth of Python per token; where a short cut gives the very same bits it is taken.
         self._embeds_directly = False
         self._norm: nn.Module | None = None
@@ -70,6 +71,12 @@ class Ends:
         """The token embedding, as transformers' get_input_embeddings."""
         module: nn.Module = self.module.get_input_embeddings()
         return module
+
+    @property
+    def embedding_size(self) -> int:
+        """Length of one token's embedding: for a few families not hidden_size, as a projection follows."""
+        weight: Tensor = self.module.get_input_embeddings().weight
+        return weight.shape[1]
 
     @property
     def lm_head(self) -> nn.Module | None:
@@ -98,17 +105,54 @@ class Ends:
             return embedded
         num_new = given.shape[1]
         options: dict[str, Any] = {}
-        if self._takes_positions and mask is None:
+        if self.takes_positions and mask is None:
             options["position_ids"] = torch.arange(position, position + num_new, device=self.device)[None]
-        elif self._takes_positions and mask is not None:
+        elif self.takes_positions and mask is not None:
             options["position_ids"] = positions_of(mask, position).to(self.device)
-        options["inputs_embeds" if input_ids is None else "input_ids"] = given
+        return self._catch(given, options)
+
+    def embed_whole(
+        self,
+        given: Tensor,
+        *,
+        mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """What the first block receives for whole rows: [B, T, H].
+
+        given: input_ids int64 [B, T] or inputs_embeds [B, T, H]; mask: bool [B, T], which tokens are real; position_ids: int64
+        [1 or B, T]. Without them the model does what it does by default, which for some families is not what generate() does.
+        """
+        given = given.to(self.device)
+        is_ids = not given.is_floating_point()
+        if self._embeds_directly:
+            embedded: Tensor = self.input_embeddings(given) if is_ids else given
+            return embedded
+        options: dict[str, Any] = {}
+        if mask is not None:
+            options["attention_mask"] = mask.long().to(self.device)
+        if position_ids is not None and self.takes_positions:
+            options["position_ids"] = position_ids.to(self.device)
+        return self._catch(given, options)
+
+    def _catch(self, given: Tensor, options: dict[str, Any]) -> Tensor:
         self._relay.injected = None
         try:
-            self._base(use_cache=False, **options)
+            self._base(
+                use_cache=False, **{"input_ids" if given.dtype == torch.long else "inputs_embeds": given}, **options
+            )
         except _Caught as caught:
             return caught.hidden
         raise UserError("this model does not run its blocks one after another; it cannot be served")
+
+    def last_hidden_state(self, hidden: Tensor) -> Tensor:
+        """What the base model returns, [B, T, H']: the output of the last block after the final norm, if the family has one."""
+        hidden = hidden.to(self.device)
+        if self._norm is not None:
+            normed: Tensor = self._norm(hidden)
+            return normed
+        output: Tensor = self._inject(self._base, hidden)[0]
+        return output
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, T, V] for what the last block returned, [B, T, H]."""
@@ -116,13 +160,17 @@ class Ends:
         if self._norm is not None:
             direct: Tensor = self.lm_head(self._norm(hidden))  # type: ignore[misc]
             return direct
+        output: Tensor = self._inject(self.module, hidden).logits
+        return output
+
+    def _inject(self, module: Any, hidden: Tensor) -> Any:
+        """What the whole model, or its base, returns when the last block returns `hidden`."""
         self._relay.injected = hidden
         placeholder = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         try:
-            output: Tensor = self.module(input_ids=placeholder, use_cache=False).logits
+            return module(input_ids=placeholder, use_cache=False)
         finally:
             self._relay.injected = None
-        return output
 
     def _find_shape_of_block_outputs(self, probe: Tensor) -> bool:
         """Find out whether this family's blocks return a plain tensor or a tuple: with the wrong one, logits have a wrong shape."""
@@ -185,7 +233,16 @@ class _Relay(nn.Module):
         super().__init__()
         self._block = (block,)  # in a tuple, so that its weights are none of the model's
         self.num_extra_outputs: int | None = None
-        self.injected: Tensor | None = None
+        self._in_thread = threading.local()  # several batches may be under way, each in a thread
+
+    @property
+    def injected(self) -> Tensor | None:
+        hidden: Tensor | None = getattr(self._in_thread, "hidden", None)
+        return hidden
+
+    @injected.setter
+    def injected(self, hidden: Tensor | None) -> None:
+        self._in_thread.hidden = hidden
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         if self.injected is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,15 +11,13 @@ from torch import Tensor
 
 from protos import node_pb2
 from swarm.client.config import ClientConfig
-from swarm.errors import BadReply, BadRequest, Busy, PeerFailed
-from swarm.messages import MAX_HEADER_BYTES, NODE_PROTOCOL, decode_message, encode_message, error_of, versions_meet
-from swarm.p2p.framing import FramedStream
+from swarm.client.peer_stream import PeerStream
+from swarm.errors import BadReply, BadRequest
+from swarm.messages import MAX_HEADER_BYTES, encode_message
 from swarm.p2p.host import Host
 from swarm.routing import Hop
 from swarm.span import Span
-from swarm.tensors import FLOATING, Buffer, TensorLimits
-
-_BUSY_PAUSES_S = (0.05, 0.1, 0.2, 0.4)
+from swarm.tensors import FLOATING, TensorLimits
 
 
 @dataclass(slots=True)
@@ -50,10 +46,9 @@ class StepInput:
 class RemoteHop:
     """An open session on one peer. The history holds its inputs, so that another peer can take over by replay."""
 
-    def __init__(
-        self, hop: Hop, stream: FramedStream, opened: node_pb2.SessionOpened, session_id: bytes, config: ClientConfig
-    ) -> None:
-        self.hop = hop
+    def __init__(self, stream: PeerStream, session_id: bytes) -> None:
+        opened = stream.opened.opened
+        self.hop = stream.hop
         self.numeric_class = opened.numeric_class
         self.max_tokens = opened.max_tokens_per_step
         self.history: list[Tensor] = []
@@ -61,7 +56,6 @@ class RemoteHop:
         self.timing = HopTiming()
         self._stream = stream
         self._session_id = session_id
-        self._config = config
 
     @property
     def peer_id(self) -> str:
@@ -73,31 +67,18 @@ class RemoteHop:
 
     @property
     def bytes_moved(self) -> int:
-        return self._stream.bytes_sent + self._stream.bytes_received
+        return self._stream.bytes_moved
 
     @classmethod
     async def open(
         cls, host: Host, hop: Hop, request: node_pb2.OpenSession, config: ClientConfig, deadline: float
     ) -> RemoteHop:
         """Connect, open a stream and a session on it. Raises PeerFailed, BadReply, Busy or BadRequest."""
-        timeout_s = min(max(deadline - time.monotonic(), 0.1), 5.0)
-        stream = await host.open_stream(hop.peer_id, NODE_PROTOCOL, timeout_s, hop.record.addresses)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await stream.send(encode_message(node_pb2.Request(open=request)))
-                header, _ = _decoded(await stream.receive(), hop.peer_id)
-            if header.WhichOneof("kind") != "opened" or not versions_meet(header.opened.version):
-                raise BadReply(f"peer {hop.peer_id[-8:]} did not answer the opening of a session")
-            opened = header.opened
-            if opened.max_tokens_per_step < 1:
-                raise BadReply(f"peer {hop.peer_id[-8:]} accepts no tokens")
-            return cls(hop, stream, opened, request.session_id, config)
-        except TimeoutError:
+        stream = await PeerStream.open(host, hop, node_pb2.Request(open=request), "opened", config, deadline)
+        if stream.opened.opened.max_tokens_per_step < 1:
             await stream.aclose()
-            raise PeerFailed(f"peer {hop.peer_id[-8:]} did not open a session within {timeout_s:.0f} s") from None
-        except BaseException:
-            await stream.aclose()
-            raise
+            raise BadReply(f"peer {hop.peer_id[-8:]} accepts no tokens")
+        return cls(stream, request.session_id)
 
     async def step(self, hidden: Tensor, step: StepInput, deadline: float, *, wants_output: bool = True) -> Tensor:
         """Send new tokens, in as many messages as the peer asks for, and return the outputs [batch, tokens, hidden].
@@ -122,9 +103,9 @@ class RemoteHop:
             masks = [] if step.mask is None else [step.mask[:, offset : offset + self.max_tokens]]
             # The reply is as large as the request.
             self._stream.accept_messages_of(piece.numel() * piece.element_size() + MAX_HEADER_BYTES)
-            done, tensors = await self._exchange(
-                encode_message(node_pb2.Request(step=request), [piece, *masks]), deadline
-            )
+            message = encode_message(node_pb2.Request(step=request), [piece, *masks])
+            reply, tensors = await self._stream.ask(message, "step", deadline)
+            done = reply.step
             self._check(done, step.version, step.position + offset + piece.shape[1])
             if wants_output:
                 outputs.append(self._checked_output(tensors, piece))
@@ -148,45 +129,6 @@ class RemoteHop:
         self.is_closed = True
         await self._stream.aclose()
 
-    async def _exchange(self, message: list[Buffer], deadline: float) -> tuple[node_pb2.StepDone, list[Tensor]]:
-        """Send one request and wait for its reply; again, a few times, when the peer is too busy (it has changed nothing then)."""
-        for pause_s in _BUSY_PAUSES_S:
-            try:
-                await self._send(message, deadline)
-                return await self._reply(deadline)
-            except Busy:
-                if time.monotonic() + pause_s > deadline:
-                    raise
-                await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
-        await self._send(message, deadline)
-        return await self._reply(deadline)
-
-    async def _send(self, message: list[Buffer], deadline: float) -> None:
-        if self._stream.send_at_once(message):
-            return
-        try:
-            async with asyncio.timeout(max(deadline - time.monotonic(), 0.05)):
-                await self._stream.send(message)
-        except TimeoutError:
-            raise PeerFailed(f"peer {self.peer_id[-8:]} took no data until the deadline") from None
-
-    async def _reply(self, deadline: float) -> tuple[node_pb2.StepDone, list[Tensor]]:
-        """Wait for the reply as long as the peer proves that it is alive, but at most half of the time that is left."""
-        give_up = time.monotonic() + max(0.5 * (deadline - time.monotonic()), 0.05)
-        while True:
-            try:
-                async with asyncio.timeout(self._config.stall_s):
-                    message = await self._stream.receive()
-                break
-            except TimeoutError:
-                await self._stream.ping(self._config.ping_timeout_s)
-                if time.monotonic() > give_up:
-                    raise PeerFailed(f"peer {self.peer_id[-8:]} is alive but does not answer the step") from None
-        header, tensors = _decoded(message, self.peer_id)
-        if header.WhichOneof("kind") != "step":
-            raise BadReply(f"peer {self.peer_id[-8:]} answered a step with something else")
-        return header.step, tensors
-
     def _check(self, done: node_pb2.StepDone, version: int, position: int) -> None:
         if (done.session_version, done.position) != (version, position):
             raise BadReply(f"peer {self.peer_id[-8:]} answered for position {done.position}, not {position}")
@@ -198,16 +140,3 @@ class RemoteHop:
             return TensorLimits(FLOATING, tuple(piece.shape), "hidden states").check(tensors[0]).to(piece.dtype)
         except BadRequest as error:
             raise BadReply(f"peer {self.peer_id[-8:]} answered nonsense: {error}") from error
-
-
-def _decoded(message: bytes | None, peer_id: str) -> tuple[node_pb2.Reply, list[Tensor]]:
-    """A reply, or the error that it stands for."""
-    if message is None:
-        raise PeerFailed(f"peer {peer_id[-8:]} ended the session")
-    try:
-        header, tensors = decode_message(message, node_pb2.Reply)
-    except BadRequest as error:
-        raise BadReply(f"peer {peer_id[-8:]} sent a malformed reply: {error}") from error
-    if header.WhichOneof("kind") == "refusal":
-        raise error_of(header.refusal, peer_id)
-    return header, tensors

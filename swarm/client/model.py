@@ -1,6 +1,7 @@
 """SwarmModelForCausalLM: a transformers model whose blocks are in the swarm. generate(), pipelines and streamers work unchanged.
 
-The ends (embedding, final norm, head) are computed here, by the family's own code; one call of the blocks is one session step.
+The ends (embedding, final norm, head) are computed here, by the family's own code. With a cache, one call of the blocks is one
+session step; without, whole rows go through them in microbatches, differentiably.
 The hooks of transformers that this relies on are held by tests/contract/test_transformers_hooks.py.
 """
 
@@ -9,22 +10,15 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Cache,
-    GenerationConfig,
-    GenerationMixin,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from swarm.client.config import ClientConfig
+from swarm.client.pretrained import SwarmConfig, SwarmPreTrainedModel, check_labels
 from swarm.client.session import Session, SessionStats
 from swarm.decoder import positions_of
 from swarm.errors import BadRequest
@@ -34,35 +28,6 @@ if TYPE_CHECKING:
 
 # Caches that the generate() under way has opened, to be closed when it returns.
 _opened_caches: contextvars.ContextVar[list[RemoteCache] | None] = contextvars.ContextVar("opened_caches", default=None)
-
-
-class SwarmConfig(PretrainedConfig):  # type: ignore[misc]
-    """The config of the model behind, under a model_type of its own so that the Auto classes find SwarmModelForCausalLM."""
-
-    model_type = "shardswarm"
-
-    def __init__(self, base_config: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        base = dict(base_config or {})
-        self.base_model_type = base.pop("model_type", None)
-        for volatile in ("architectures", "auto_map", "transformers_version", "dtype", "torch_dtype"):
-            base.pop(volatile, None)
-        super().__init__(**{**base, **kwargs})
-
-    @classmethod
-    def of(cls, config: Any) -> SwarmConfig:
-        """From the config of the model behind, with the standard names whatever the family calls them."""
-        standard = {
-            name: getattr(config, name)
-            for name in (
-                "vocab_size",
-                "hidden_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "max_position_embeddings",
-            )
-            if hasattr(config, name)
-        }
-        return cls(base_config={**config.to_dict(), **standard})
 
 
 class RemoteCache(Cache):  # type: ignore[misc]
@@ -173,55 +138,29 @@ class RemoteCache(Cache):  # type: ignore[misc]
             self._swarm.run(self._session.aclose())
 
 
-class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+@dataclass
+class SwarmCausalLMOutput(CausalLMOutputWithPast):  # type: ignore[misc]
+    """As transformers', and where the hidden states are from."""
+
+    hidden_state_blocks: tuple[int, ...] | None = None
+    """hidden_states[i] is what block hidden_state_blocks[i] received; the last one, after the final norm, is num_blocks."""
+
+
+class SwarmModelForCausalLM(SwarmPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A causal language model whose ends are here and whose blocks are in the swarm."""
 
-    config_class = SwarmConfig
-    main_input_name = "input_ids"
-    base_model_prefix = "ends"
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _no_split_modules: Sequence[str] = ()
-
     def __init__(self, config: SwarmConfig, swarm: Swarm | None = None) -> None:
-        super().__init__(config)
-        if swarm is None:
-            raise BadRequest(
-                "make the model with SwarmModelForCausalLM.from_pretrained(name, initial_peers=[...]) or swarm.connect(...).model()"
-            )
-        self._swarm = swarm
-        self._ends = swarm.client.ends
-        self.ends = self._ends.module
+        super().__init__(config, swarm)
         self.last_stats: SessionStats | None = None
         self.last_session: Session | None = None
         self._kept: RemoteCache | None = None
-
-    @classmethod
-    def of(cls, swarm: Swarm) -> SwarmModelForCausalLM:
-        """The model of a connected swarm."""
-        checkpoint = swarm.client.checkpoint
-        model: SwarmModelForCausalLM = cls(SwarmConfig.of(checkpoint.config), swarm)
-        model.generation_config = checkpoint.generation_config() or GenerationConfig.from_model_config(
-            checkpoint.config
-        )
-        model.name_or_path = checkpoint.name
-        model.eval()
-        return model
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, *, initial_peers: Sequence[str], **options: Any
     ) -> SwarmModelForCausalLM:
         """Connect to a swarm and return its model. options: further fields of ClientConfig. Leave with close()."""
-        from swarm.client.blocking import Swarm
-
-        return Swarm(
-            ClientConfig(model=str(pretrained_model_name_or_path), initial_peers=tuple(initial_peers), **options)
-        ).model()
-
-    def close(self) -> None:
-        """Leave the swarm."""
-        self._swarm.close()
+        return cls._connect(pretrained_model_name_or_path, initial_peers, options).model()
 
     @property
     def current_session(self) -> Session | None:
@@ -229,15 +168,6 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         caches = _opened_caches.get()
         cache = caches[-1] if caches else self._kept
         return None if cache is None else cache.session
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self._ends.input_embeddings
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self._ends.lm_head
-
-    def save_pretrained(self, *_: Any, **__: Any) -> None:
-        raise BadRequest("the blocks of this model are in the swarm; nothing can be saved from here")
 
     @contextlib.contextmanager
     def session(self, max_length: int) -> Iterator[RemoteCache]:
@@ -299,20 +229,79 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         position_ids: Tensor | None = None,
         past_key_values: RemoteCache | None = None,
         inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits for new tokens.
+    ) -> SwarmCausalLMOutput | tuple[Any, ...]:
+        """Logits, and the loss when there are labels, as transformers' models; differentiable unless a cache is used.
 
         input_ids: int64 [batch, tokens], or inputs_embeds: float [batch, tokens, hidden]. attention_mask: [batch, past + tokens].
-        Without past_key_values a session is opened for this call alone.
+        labels: int64 [batch, tokens], -100 where there is none. Hidden states: those at the hops' boundaries.
+        With past_key_values (of this model), one step of a session; else the whole rows, in microbatches.
         """
         self._refuse_unsupported(kwargs)
+        if past_key_values is not None or _opened_caches.get() is not None:  # in generate(), also without a cache
+            if labels is not None or output_hidden_states:
+                raise BadRequest(
+                    "labels and output_hidden_states need whole rows: call the model without past_key_values"
+                )
+            output = self._step(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, logits_to_keep)
+        else:
+            output = self._whole_rows(
+                input_ids,
+                attention_mask,
+                position_ids,
+                inputs_embeds,
+                labels,
+                bool(output_hidden_states),
+                logits_to_keep,
+                kwargs,
+            )
+        return output.to_tuple() if return_dict is False else output
+
+    def _whole_rows(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        labels: Tensor | None,
+        wants_states: bool,
+        logits_to_keep: int,
+        loss_options: dict[str, Any],
+    ) -> SwarmCausalLMOutput:
+        given = input_ids if input_ids is not None else inputs_embeds
+        if labels is not None and given is not None:
+            check_labels(labels, tuple(given.shape[:2]), self.config.vocab_size)
+        embedded, hidden, boundaries = self._whole(
+            input_ids, inputs_embeds, attention_mask, position_ids, wants_boundaries=wants_states
+        )
+        logits = self._ends.logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_options)
+        output = SwarmCausalLMOutput(loss=loss, logits=logits)
+        if wants_states:
+            output.hidden_states = (embedded, *boundaries.values(), self._ends.last_hidden_state(hidden))
+            output.hidden_state_blocks = (0, *boundaries, self._swarm.client.router.spec.num_blocks)
+        return output
+
+    def _step(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: RemoteCache | None,
+        inputs_embeds: Tensor | None,
+        logits_to_keep: int,
+    ) -> SwarmCausalLMOutput:
+        """New tokens after those in the cache; without one, in a session for this call alone."""
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
-            raise ValueError("give input_ids or inputs_embeds")
+            raise BadRequest("give either input_ids or inputs_embeds")
         batch, num_new = given.shape[:2]
         cache = past_key_values if past_key_values is not None else RemoteCache(self._swarm, num_new)
         if not isinstance(cache, RemoteCache):
@@ -330,15 +319,13 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         finally:
             if past_key_values is None:
                 cache.close()
-        if return_dict is False:
-            return (logits,)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        return SwarmCausalLMOutput(logits=logits, past_key_values=past_key_values)
 
     @staticmethod
     def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
-        for name in ("labels", "output_attentions", "output_hidden_states", "cache_position"):
-            if kwargs.get(name) not in (None, False):
-                raise BadRequest(f"{name} is not supported by this version of the swarm's model")
+        for name in ("output_attentions", "cache_position"):
+            if kwargs.pop(name, None) not in (None, False):
+                raise BadRequest(f"{name} is not supported: the blocks are in the swarm")
 
 
 def _new_mask(attention_mask: Tensor | None, num_new: int) -> Tensor | None:

@@ -7,10 +7,12 @@ import logging
 import random
 import time
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from swarm.client.config import ClientConfig
 from swarm.errors import RouteBroken
 from swarm.health import Health
+from swarm.load import Load
 from swarm.messages import PROTOCOL_MAJOR
 from swarm.model_spec import ModelSpec
 from swarm.p2p.directory import Directory
@@ -23,6 +25,14 @@ log = logging.getLogger(__name__)
 # Keys cost nothing, so anybody can announce thousands of peers that do not exist and are the fastest of all. When more peers than
 # this were never heard of, only those that were are believed, as long as they cover the blocks.
 MAX_UNPROVEN_PEERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A microbatch of so many tokens, and how busy the peers are."""
+
+    num_tokens: int
+    load: Load
 
 
 class Router:
@@ -59,10 +69,11 @@ class Router:
         numeric_class: str | None = None,
         avoid: Collection[str] = (),
         patience_s: float | None = None,
+        work: Work | None = None,
     ) -> Route:
         """The fastest route over `wanted` now. Waits for missing blocks until the deadline, asking the directory again.
 
-        patience_s: give up earlier, unless a peer that serves the missing blocks is joining.
+        work: what the route is for; None: one token at a time. patience_s: give up earlier, unless a peer that serves the missing blocks is joining.
         Raises RouteBroken, naming the blocks that nobody serves and who serves them with other weights.
         """
         started, pause_s = time.monotonic(), 0.2
@@ -71,7 +82,7 @@ class Router:
             left_s = started + timeout_s - time.monotonic()
             await self._refresh(max_age_s, max(left_s, 0.1))
             try:
-                return self._plan_now(wanted, numeric_class, avoid)
+                return self._plan_now(wanted, numeric_class, avoid, work)
             except NoRoute as problem:
                 waited_s = time.monotonic() - started
                 patient = patience_s is None or waited_s + pause_s < patience_s or self._is_joining(problem.missing)
@@ -82,22 +93,27 @@ class Router:
                 pause_s = min(2 * pause_s, 2.0)
             max_age_s = 0.0
 
-    def _plan_now(self, wanted: Span, numeric_class: str | None, avoid: Collection[str]) -> Route:
+    def _plan_now(self, wanted: Span, numeric_class: str | None, avoid: Collection[str], work: Work | None) -> Route:
         unproven = [r for r in self._records if not self._is_proven(r.peer_id)]
         if len(unproven) > MAX_UNPROVEN_PEERS:
             try:
                 return self._plan_over(
-                    [r for r in self._records if self._is_proven(r.peer_id)], wanted, numeric_class, avoid
+                    [r for r in self._records if self._is_proven(r.peer_id)], wanted, numeric_class, avoid, work
                 )
             except NoRoute:
                 log.debug("peers that were heard of do not cover span=%s num_unproven=%d", wanted, len(unproven))
-        return self._plan_over(self._records, wanted, numeric_class, avoid)
+        return self._plan_over(self._records, wanted, numeric_class, avoid, work)
 
     def _is_proven(self, peer_id: str) -> bool:
         return self.health.has_worked(peer_id) or self._directory.has_answered(peer_id)
 
     def _plan_over(
-        self, records: Sequence[ShardRecord], wanted: Span, numeric_class: str | None, avoid: Collection[str]
+        self,
+        records: Sequence[ShardRecord],
+        wanted: Span,
+        numeric_class: str | None,
+        avoid: Collection[str],
+        work: Work | None,
     ) -> Route:
         now = time.monotonic()
         usable = [
@@ -112,7 +128,16 @@ class Router:
             if conflict not in self._warned:
                 self._warned.add(conflict)
                 log.warning("other weights refused %s", conflict)
-        return plan_route(usable, wanted, accepted, hop_s=self._hop_s, numeric_class=numeric_class)
+        if work is None:
+            return plan_route(usable, wanted, accepted, hop_s=self._hop_s, numeric_class=numeric_class)
+        return plan_route(
+            usable,
+            wanted,
+            accepted,
+            hop_s=lambda record: self._hop_s(record) + work.load.waiting_s(record, now),
+            block_s=lambda record: work.num_tokens * work.load.s_per_token_block(record),
+            numeric_class=numeric_class,
+        )
 
     def _hop_s(self, record: ShardRecord) -> float:
         round_trip_s = self.health.round_trip_s(record.peer_id)

@@ -146,6 +146,65 @@ def test_padded_rows_equal_the_whole_model(subject: Subject) -> None:
     assert distance(session.step(ids[:, 8:], mask), expected) < TOLERANCE
 
 
+PADDINGS = {"none": slice(0), "left": slice(0, 7), "right": slice(15, NUM_TOKENS)}
+
+
+def gradient_through(ends: Ends, hops: list[tuple[SpanModel, Span]], embeds: Tensor, mask: Tensor | None) -> Any:
+    """(loss, logits, gradient w.r.t. embeds) through the hops, each differentiated alone, as nodes do it."""
+    given = embeds.clone().requires_grad_()
+    embedded = ends.embed_whole(given, mask=mask)
+    passed, kept = embedded.detach(), []
+    for model, hop in hops:
+        start, output, num_bytes = model.differentiable(hop, passed, mask=mask)
+        assert num_bytes >= output.nbytes + start.nbytes
+        kept.append((start, output))
+        passed = output.detach()
+    last = passed.requires_grad_()
+    logits = ends.logits(last)
+    loss = loss_of(logits, mask)
+    (gradient,) = torch.autograd.grad(loss, last)
+    for start, output in reversed(kept):
+        (gradient,) = torch.autograd.grad(output, start, gradient)
+    (gradient,) = torch.autograd.grad(embedded, given, gradient) if embedded is not given else (gradient,)
+    return loss, logits, gradient
+
+
+def loss_of(logits: Tensor, mask: Tensor | None) -> Tensor:
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3))
+    return (logits * weights)[mask if mask is not None else ...].mean()
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_loss_and_gradients_equal_the_whole_model(subject: Subject, padding: str) -> None:
+    embeds = subject.whole.get_input_embeddings()(subject.ids).detach()
+    mask = None
+    if padding != "none":
+        mask = torch.ones_like(subject.ids, dtype=torch.bool)
+        mask[0, PADDINGS[padding]] = False
+    given = embeds.clone().requires_grad_()
+    expected = subject.whole(inputs_embeds=given, attention_mask=None if mask is None else mask.long()).logits
+    loss = loss_of(expected, mask)
+    loss.backward()
+    assert given.grad is not None
+    real = mask if mask is not None else torch.ones_like(subject.ids, dtype=torch.bool)
+    for cut in (subject.cut, subject.cut_by_hops):
+        own_loss, logits, gradient = gradient_through(cut.ends, cut.hops, embeds, mask)
+        assert float((own_loss - loss).detach().abs() / loss.detach().abs()) < TOLERANCE * 10
+        assert distance(logits[real], expected[real]) < TOLERANCE
+        assert distance(gradient, given.grad) < TOLERANCE
+
+
+def test_two_blocks_swapped_give_other_gradients(subject: Subject) -> None:
+    """What the test above is worth: it must see that two blocks changed places."""
+    embeds = subject.whole.get_input_embeddings()(subject.ids).detach()
+    (first, _), (model, _), *_ = subject.cut.hops
+    order = [(first, Span(0, 1)), (model, Span(2, 3)), (model, Span(1, 2)), (model, Span(3, 4))]
+    _, logits, gradient = gradient_through(subject.cut.ends, subject.cut.hops, embeds, None)
+    _, other_logits, other_gradient = gradient_through(subject.cut.ends, order, embeds, None)
+    assert distance(other_logits, logits) > 100 * TOLERANCE
+    assert distance(other_gradient, gradient) > 100 * TOLERANCE
+
+
 @torch.inference_mode()
 def test_rewinding_and_reordering_leave_no_trace(subject: Subject) -> None:
     ids, session = subject.ids, subject.cut.session()

@@ -1,7 +1,7 @@
 """A real node with a planted fault: python -m tests.support.faulty_node run ... with FAULT_FILE and FAULT_TRACE in its environment.
 
-The file holds {"action": ..., "at_step": n, "id": ...}. The fault fires on the n-th step that this node takes after a file with a new id was
-planted, is written to FAULT_TRACE first (and synced), and is one of
+The file holds {"action": ..., "on": ..., "at_step": n, "id": ...}. The fault fires on the n-th step (or, with "on", the n-th forward or backward
+of a microbatch) that this node takes after a file with a new id was planted, is written to FAULT_TRACE first (and synced), and is one of
     SIGKILL, SIGSTOP, SIGTERM    what the process does to itself, once
     kill_p2pd                    it kills its network daemon, once
     slow                         every step from then on takes delay_s longer
@@ -19,14 +19,14 @@ import json
 import os
 import signal
 import struct
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from node import runtime, service
+from node import microbatches, runtime, service
 from node.throughput import Throughput, measure_throughput
 from protos import node_pb2
 from swarm.messages import decode_message, encode_message
@@ -48,9 +48,11 @@ class Fault:
         if planted["id"] != self._planted["id"]:
             self._planted, self._num_steps, self._fired = planted, 0, False
 
-    def count_step(self, request: node_pb2.Step, session: Any) -> str | None:
-        """The action to take for this step. Its first one is traced."""
+    def count(self, kind: str, **details: Any) -> str | None:
+        """The action to take for this step, forward or backward. Its first one is traced."""
         self.reload()
+        if kind != self._planted.get("on", "step"):
+            return None
         self._num_steps += 1
         if self._planted["action"] is None or self._num_steps < self._planted["at_step"]:
             return None
@@ -62,9 +64,8 @@ class Fault:
                     "id": self._planted["id"],
                     "action": action,
                     "step": self._num_steps,
-                    "position": request.position,
-                    "hop": str(session.hop),
                     "sessions": len(service_of.sessions.sessions),
+                    **details,
                 }
             )
             return action
@@ -110,25 +111,38 @@ class FaultyService(service.NodeService):
         await super().handle(stream)
 
     async def _step(self, session: Any, request: Any, tensors: list[torch.Tensor]) -> Any:
-        action = fault.count_step(request, session)
-        if action is None:
-            return await super()._step(session, request, tensors)
-        if action.startswith("SIG"):
-            os.kill(os.getpid(), signal.Signals[action])  # after a SIGCONT it goes on as if nothing had been
-            return await super()._step(session, request, tensors)
-        if action == "kill_p2pd":
-            for child in _p2pds():
-                child.kill()
-        elif action in ("silence", "mute"):
-            while fault.is_silent:
-                await asyncio.sleep(0.05)
-        elif action == "slow":
-            await asyncio.sleep(fault.delay_s)
-        elif action == "refuse":
-            raise service.Refused(node_pb2.THE_COMPUTATION_FAILED, "planted")
-        else:
-            return _lie(action, await super()._step(session, request, tensors))
-        return await super()._step(session, request, tensors)
+        action = fault.count("step", position=request.position, hop=str(session.hop))
+        answer = super()._step
+        return await _misbehave(action, lambda: answer(session, request, tensors))
+
+
+class FaultyMicrobatches(microbatches.Microbatches):
+    """The node's forwards and backwards, until the fault fires."""
+
+    async def answer(self, peer_id: str, hop: Any, request: Any, tensors: list[torch.Tensor]) -> Any:
+        action = fault.count(request.WhichOneof("kind"), hop=str(hop), stashed=self.stash.num_entries)
+        answer = super().answer
+        return await _misbehave(action, lambda: answer(peer_id, hop, request, tensors))
+
+
+async def _misbehave(action: str | None, answer: Callable[[], Awaitable[Any]]) -> Any:
+    if action is None:
+        return await answer()
+    if action.startswith("SIG"):
+        os.kill(os.getpid(), signal.Signals[action])  # after a SIGCONT it goes on as if nothing had been
+    elif action == "kill_p2pd":
+        for child in _p2pds():
+            child.kill()
+    elif action in ("silence", "mute"):
+        while fault.is_silent:
+            await asyncio.sleep(0.05)
+    elif action == "slow":
+        await asyncio.sleep(fault.delay_s)
+    elif action == "refuse":
+        raise service.Refused(node_pb2.THE_COMPUTATION_FAILED, "planted")
+    else:
+        return _lie(action, await answer())
+    return await answer()
 
 
 def _p2pds() -> Iterator[psutil.Process]:
@@ -194,13 +208,18 @@ def main() -> None:
     global fault
     fault = Fault(Path(os.environ["FAULT_FILE"]), Path(os.environ["FAULT_TRACE"]))
     runtime.NodeService = FaultyService  # type: ignore[misc]
+    runtime.Microbatches = FaultyMicrobatches  # type: ignore[misc]
     framing._HEADER = _LyingHeader  # type: ignore[assignment]
     host.FramedStream = LyingStream  # type: ignore[misc]
     announced = os.environ.get("ANNOUNCED_S_PER_BLOCK")
     if announced is not None:
 
         def measure(*arguments: Any) -> Throughput:
-            return dataclasses.replace(measure_throughput(*arguments), decode_s_per_block=float(announced))
+            measured, s_per_block = measure_throughput(*arguments), float(announced)
+            num_blocks = len(arguments[0].span)
+            return dataclasses.replace(
+                measured, decode_s_per_block=s_per_block, prefill_tokens_per_s=1 / (s_per_block * num_blocks)
+            )
 
         runtime.measure_throughput = measure
     node_main()

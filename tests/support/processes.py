@@ -146,8 +146,9 @@ class LocalSwarm:
         s_per_block: float | None = None,
         real_command: bool = False,
         initial_peers: list[str] | None = None,
+        threads: int | None = 1,
     ) -> Process:
-        """Start a node without waiting for it.
+        """Start a node without waiting for it. threads: None leaves them to the node.
 
         fault: see tests/support/faulty_node.py. s_per_block: what the node announces, so that routes are predictable.
         real_command: python -m node, also when there is a fork server.
@@ -169,7 +170,8 @@ class LocalSwarm:
             _write_fault(self.folder / f"{name}.fault", fault)
         command = [sys.executable, "-m", module, "run"]
         command += ["--model", str(model), "--initial-peers", ",".join(initial_peers or self.initial_peers)]
-        command += ["--threads", "1", "--drain-timeout", "2"]
+        command += ["--drain-timeout", "2"]
+        command += ["--threads", str(threads)] if threads else []
         command += ["--blocks", blocks] if blocks else []
         process = Process([*command, *flags], self.folder / f"{name}.log", environment, fork_server)
         self.processes.append(process)
