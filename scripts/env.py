@@ -39,6 +39,7 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TORCH_CPU_GB = (0.2, 0.8)
 TORCH_DEFAULT_GB = (0.1, 0.5) if sys.platform == "darwin" else (3.0, 7.5)
 OTHERS_GB = (0.2, 0.8)
+FINETUNE_GB = (0.1, 0.3)
 
 NO_NETWORK = re.compile(
     r"NewConnectionError|NameResolutionError|name resolution|Max retries exceeded|ConnectTimeout|ReadTimeout|ProxyError"
@@ -117,7 +118,7 @@ def install(extras: frozenset[str]) -> None:
         index = None
         if torch_version_installed(torch) is None:
             source, index, gigabytes = choose_torch(torch, lock)
-            announce(source, gigabytes)
+            announce(source, gigabytes, extras)
         else:
             print("Updating .venv ...", file=sys.stderr)
         STAMP.unlink(missing_ok=True)
@@ -236,18 +237,19 @@ def newest_allowed(versions: Sequence[str], requirement: str) -> str | None:
     return venv_output(code, requirement, *versions) or None
 
 
-def announce(source: str, torch_gb: tuple[float, float]) -> None:
+def announce(source: str, torch_gb: tuple[float, float], extras: frozenset[str]) -> None:
     """Say what will come before it comes, and refuse at once when it cannot fit."""
-    download, disk = torch_gb[0] + OTHERS_GB[0], torch_gb[1] + OTHERS_GB[1]
+    finetune_gb = FINETUNE_GB if "finetune" in extras else (0.0, 0.0)
+    others, disk = OTHERS_GB[0] + finetune_gb[0], torch_gb[1] + OTHERS_GB[1] + finetune_gb[1]
     print(
         f"First run: installing into .venv. To download, unless pip has it cached: {source}, about {torch_gb[0]:.1f} GB;\n"
-        f"everything else, about {OTHERS_GB[0]:.1f} GB; and on first use the demo's model, 93 MB. On disk: {disk:.1f} GB.",
+        f"everything else, about {others:.1f} GB; and on first use the demo's model, 93 MB. On disk: {disk:.1f} GB.",
         file=sys.stderr,
     )
     free = shutil.disk_usage(ROOT).free / 1e9
     if free < disk:
         raise SetupError(
-            f"not enough disk: {disk:.1f} GB needed (plus up to {download:.1f} GB in pip's cache), "
+            f"not enough disk: {disk:.1f} GB needed (plus up to {torch_gb[0] + others:.1f} GB in pip's cache), "
             f"{free:.1f} GB free where {ROOT} is"
         )
 

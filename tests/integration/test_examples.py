@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.support.processes import ROOT
 
@@ -36,7 +38,7 @@ def where(tiny_swarm, tiny_path):
 
 
 def test_there_are_examples():
-    assert {path.name for path in EXAMPLES} >= {"generate.py", "chat.py"}
+    assert {path.name for path in EXAMPLES} >= {"generate.py", "chat.py", "finetune_prompt.py", "classify.py"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
@@ -57,6 +59,44 @@ def test_chat_answers_every_line_and_keeps_its_caches(where):
     assert done.returncode == 0, done.stderr
     held = [int(line.split()[3]) for line in done.stderr.splitlines() if line.startswith("[the nodes hold")]
     assert len(held) == 2 and 0 < held[0] < held[1]
+
+
+def last_numbers(lines):
+    """The number at the end of each line."""
+    return [float(line.split()[-1].rstrip("%")) for line in lines]
+
+
+def test_finetune_prompt_lowers_the_loss_and_loads_what_it_saved(where, tmp_path):
+    output = tmp_path / "prompt"
+    done = run_example(
+        "finetune_prompt.py",
+        *where,
+        "--steps",
+        "10",
+        "--batch-size",
+        "4",
+        "--max-tokens",
+        "24",
+        "--output",
+        str(output),
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(": loss")[0] for line in lines if ": loss" in line] == ["  step 5", "  step 10"]
+    _, before, after, again = last_numbers(line for line in lines if ": loss" not in line)
+    assert before > after == again
+    assert json.loads((output / "adapter_config.json").read_text())["peft_type"] == "PROMPT_TUNING"
+
+
+def test_classify_trains_a_head_and_saves_it(where, tmp_path):
+    output = tmp_path / "head"
+    done = run_example("classify.py", *where, "--steps", "200", "--max-tokens", "24", "--output", str(output))
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    # How well a random model can do it depends on which licences there are; that a head learns is test_finetuning.py's.
+    before, after = last_numbers(done.stdout.splitlines()[:2])
+    assert 0 <= before <= 100 and 0 <= after <= 100
+    head = load_file(output / "model.safetensors")["score.weight"]
+    assert head.shape == (2, 32) and head.std() > 0.03  # a new one has 0.02
 
 
 def test_an_error_is_one_line_that_says_what_to_do(where):

@@ -104,3 +104,110 @@ def test_a_training_step_equals_the_local_one(nodes: LocalSwarm, family: str, nu
                 assert max(errors.values()) > TOLERANCE, "a wire that does not round is not this one"
     finally:
         stop_all(started)
+
+
+def test_hidden_states_at_the_boundaries_are_the_local_ones_and_carry_gradients(
+    nodes: LocalSwarm, tmp_path: Path
+) -> None:
+    path = save_tiny("llama", tmp_path / "llama", seed=11)
+    started = nodes.start_nodes(path, *SPANS[3])
+    try:
+        local = AutoModelForCausalLM.from_pretrained(path).eval()
+        with swarm.connect(
+            initial_peers=nodes.initial_peers, model=str(path), wire="fp32", microbatch_tokens=20
+        ) as connected:
+            gradients = []
+            for model in (connected.model(), local):
+                embeds = local.get_input_embeddings()(batch()["input_ids"]).detach().requires_grad_()
+                output = model(
+                    inputs_embeds=embeds, attention_mask=batch()["attention_mask"], output_hidden_states=True
+                )
+                states = output.hidden_states
+                blocks = getattr(output, "hidden_state_blocks", (0, 1, 3, 4))
+                assert blocks == (0, 1, 3, 4)
+                if model is local:
+                    states = [states[block] for block in blocks]
+                sum((state.pow(2).mean() * weight for weight, state in enumerate(states, start=1)), start=0).backward()
+                gradients.append((embeds.grad, states))
+        (actual, own), (expected, others) = gradients
+        assert distance(actual, expected) < TOLERANCE
+        real = batch()["attention_mask"].bool()
+        assert all(distance(one[real], other[real]) < TOLERANCE for one, other in zip(own, others, strict=True))
+    finally:
+        stop_all(started)
+
+
+def test_position_ids_are_those_that_were_given(nodes: LocalSwarm, tmp_path: Path) -> None:
+    path = save_tiny("gpt2", tmp_path / "gpt2", seed=12)
+    started = nodes.start_nodes(path, *SPANS[2])
+    try:
+        local = AutoModelForCausalLM.from_pretrained(path).eval()
+        ids = batch()["input_ids"]
+        mask = torch.ones_like(ids)
+        mask[0, :6] = 0
+        counted = (mask.cumsum(1) - 1).clamp_min(0)
+        with swarm.connect(initial_peers=nodes.initial_peers, model=str(path), wire="fp32") as connected:
+            for positions in (None, counted, torch.arange(5, 5 + NUM_TOKENS)[None]):
+                options = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+                with torch.no_grad():
+                    actual, expected = connected.model()(**options).logits, local(**options).logits
+                assert distance(actual[mask.bool()], expected[mask.bool()]) < TOLERANCE
+    finally:
+        stop_all(started)
+
+
+def test_dropout_is_off_unless_asked_for_and_then_the_same_wherever_it_is_computed(
+    nodes: LocalSwarm, tmp_path: Path
+) -> None:
+    path = save_tiny("gpt2", tmp_path / "gpt2", seed=13)  # with dropout 0.1 at three places, by default
+    inputs = batch()
+    options = {"initial_peers": nodes.initial_peers, "model": str(path), "wire": "fp32"}
+    results: list[tuple[float, Tensor]] = []
+
+    def step(model: Any, seed: int) -> tuple[float, Tensor]:
+        torch.manual_seed(seed)
+        model.zero_grad(set_to_none=True)
+        loss = model(**inputs).loss
+        loss.backward()
+        return float(loss.detach()), model.get_input_embeddings().weight.grad.clone()
+
+    # One node that keeps its graphs, then three that compute again.
+    for spans, flags in ((SPANS[1], ()), (SPANS[3], ("--stash-mib", "0"))):
+        started = [nodes.start_node(path, span, *flags) for span in spans]
+        for node in started:
+            node.ready()
+        try:
+            with swarm.connect(**options) as connected:
+                model = connected.model().train()
+                off = step(model, 0)
+                assert distance(off[1], step(model.eval(), 1)[1]) == 0
+            with swarm.connect(**options, dropout=True) as connected:
+                model = connected.model().train()
+                results += [step(model, 0), step(model, 0), step(model, 1)]
+                assert abs(results[-1][0] - off[0]) > 1e-4, "dropout is on"
+                assert abs(results[-1][0] - results[-2][0]) > 1e-4, "another seed, another dropout"
+                assert step(model.eval(), 0)[0] == off[0]
+        finally:
+            stop_all(started)
+    for loss, gradient in (results[1], results[3], results[4]):
+        assert abs(loss - results[0][0]) < TOLERANCE * loss
+        assert distance(gradient, results[0][1]) < TOLERANCE
+
+
+def test_replicas_share_the_microbatches_of_a_batch(nodes: LocalSwarm, tmp_path: Path) -> None:
+    path = save_tiny("llama", tmp_path / "llama", seed=14)
+    started = nodes.start_nodes(path, "0:4", "0:4")
+    try:
+        local = AutoModelForCausalLM.from_pretrained(path).eval()
+        with swarm.connect(
+            initial_peers=nodes.initial_peers, model=str(path), wire="fp32", microbatch_tokens=20, max_in_flight=4
+        ) as connected:
+            inputs = batch(rows=12)
+            with torch.no_grad():
+                assert distance(connected.model()(**inputs).loss, local(**inputs).loss) < TOLERANCE
+            measured = connected.client.blocks.load.peers
+            assert {node.peer_id for node in started} == {
+                peer for peer, load in measured.items() if load.s_per_token_block
+            }
+    finally:
+        stop_all(started)
