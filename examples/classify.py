@@ -47,7 +47,7 @@ def main() -> None:
             logging_strategy="no",
             save_strategy="no",
             disable_tqdm=True,
-            dataloader_pin_memory=False,
+            use_cpu=True,
         )
         trainer = transformers.Trainer(model, settings, None, parts["train"], parts["test"], processing_class=tokenizer)
         trainer.remove_callback(transformers.PrinterCallback)

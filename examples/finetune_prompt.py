@@ -53,7 +53,7 @@ def main() -> None:
             logging_steps=5,
             save_strategy="no",
             disable_tqdm=True,
-            dataloader_pin_memory=False,
+            use_cpu=True,
         )
         tuned = get_peft_model(model, prompt)
         collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)

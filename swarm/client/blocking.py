@@ -110,7 +110,10 @@ class Swarm:
         return self._model
 
     def classifier(self, num_labels: int = 2, **options: Any) -> SwarmModelForSequenceClassification:
-        """The model with a new classification head in the place of its own. options: further fields of its config."""
+        """The model with a new classification head in the place of its own. options: further fields of its config.
+
+        The ends, which it shares with model(), are frozen by this.
+        """
         from swarm.client.classify import SwarmModelForSequenceClassification
 
         return SwarmModelForSequenceClassification.of(self, num_labels=num_labels, **options)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from swarm.client.pretrained import SwarmConfig, SwarmPreTrainedModel, check_labels
-from swarm.errors import BadRequest
+from swarm.errors import BadRequest, UserError
 
 if TYPE_CHECKING:
     from swarm.client.blocking import Swarm
@@ -40,6 +44,22 @@ class SwarmModelForSequenceClassification(SwarmPreTrainedModel):
     ) -> SwarmModelForSequenceClassification:
         """Connect to a swarm and put a new head on its model. options: further fields of ClientConfig. Leave with close()."""
         return cls.of(cls._connect(pretrained_model_name_or_path, initial_peers, options), num_labels=num_labels)
+
+    def load_head(self, folder: str | os.PathLike[str]) -> None:
+        """Take the head that save_pretrained has written there. UserError if there is none, or for another number of labels."""
+        path = Path(folder) / "model.safetensors"
+        try:
+            weight = load_file(path)["score.weight"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise UserError(
+                f"{path} holds no classification head; give a folder that save_pretrained has made"
+            ) from error
+        if weight.shape != self.score.weight.shape:
+            raise UserError(
+                f"the head in {folder} is for {list(weight.shape)} (labels, hidden size), this model needs {list(self.score.weight.shape)}"
+            )
+        with torch.no_grad():
+            self.score.weight.copy_(weight)
 
     def get_output_embeddings(self) -> None:
         return None

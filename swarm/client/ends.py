@@ -35,7 +35,7 @@ class Ends:
         """Raises UserError for a model that cannot be cut, or whose ends are missing."""
         config = checkpoint.config
         refuse_unfit(config, checkpoint.name)
-        self.dtype, self.device = dtype, torch.device(device)
+        self.dtype = dtype
         self.hidden_size, self._vocab_size = int(config.hidden_size), int(config.vocab_size)
         relays: list[_Relay] = []
 
@@ -45,7 +45,7 @@ class Ends:
             replace_blocks(model.base_model, checkpoint.num_blocks, Span(0, 1), relays)
 
         self.module: Any = build_model(config, checkpoint.load_ends(), dtype=dtype, cut=cut, name=checkpoint.name)
-        self.module.to(self.device)
+        self.module.to(device)
         (self._relay,) = relays
         self._base = self.module.base_model
         self.takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
@@ -65,6 +65,12 @@ class Ends:
                 )
             self._norm = self._find_norm(probe)
             self._embeds_directly = self._may_embed_directly()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the ends are; they may be moved like any module."""
+        weight: Tensor = self.module.get_input_embeddings().weight
+        return weight.device
 
     @property
     def input_embeddings(self) -> nn.Module:

@@ -78,7 +78,7 @@ class SwarmPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             model.generation_config = checkpoint.generation_config() or GenerationConfig.from_model_config(
                 checkpoint.config
             )
-        model.name_or_path = checkpoint.name
+        model.name_or_path = swarm.client.config.model  # what from_pretrained would need again
         model.eval()
         return model
 

@@ -33,9 +33,11 @@ NUM_STEPS = 5
 LOSS_TOLERANCE = 1e-4
 # Adam divides a gradient by its own size, so that it makes a rounding error in a small one larger.
 PROMPT_TOLERANCE = 1e-4
+# PEFT uses a name that transformers is about to drop, tells what generate() does with any soft prompt, and misses the hub.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),  # PEFT uses a name that transformers is about to drop
-    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),  # offline, see below
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
 ]
 
 
@@ -66,9 +68,9 @@ def tokenizer(tiny_path):
 
 @pytest.fixture(scope="module")
 def rows(tokenizer):
-    """Real text of different lengths: the first paragraphs of pages of Python's manual."""
-    texts = [topics[name].split("\n\n")[1] for name in sorted(topics)[:40]]
-    return [dict(tokenizer(text, truncation=True, max_length=24)) for text in texts]
+    """Real text, rows of different lengths: beginnings of the pages of Python's manual."""
+    texts = [topics[name] for name in sorted(topics)[:40]]
+    return [dict(tokenizer(text, truncation=True, max_length=8 + index % 17)) for index, text in enumerate(texts)]
 
 
 def with_prompt(base, seed=0):
@@ -130,7 +132,7 @@ def trainer_for(model, collator, rows, output, *callbacks, max_steps=6, learning
         logging_steps=1,
         save_strategy="no",
         disable_tqdm=True,
-        dataloader_pin_memory=False,
+        use_cpu=True,
     )
     return Trainer(model, settings, collator, Dataset.from_list(rows), callbacks=list(callbacks))
 
@@ -170,8 +172,7 @@ def test_a_tuned_prompt_generates_what_it_does_locally(connected, tiny_path, tok
     )
     texts = [model.eval().generate(**given, max_new_tokens=8, do_sample=False) for model in (remote, local)]
     assert torch.equal(*texts)
-    with remote.disable_adapter():
-        assert not torch.equal(connected.model().generate(**given, max_new_tokens=8, do_sample=False), texts[0])
+    assert not torch.equal(connected.model().generate(**given, max_new_tokens=8, do_sample=False), texts[0])
 
 
 def test_a_trainer_resumes_a_prompt_from_its_checkpoint(connected, tokenizer, rows, tmp_path):
@@ -233,6 +234,13 @@ def test_a_trainer_trains_a_classifier_and_resumes_it(connected, tokenizer, rows
     again.train(resume_from_checkpoint=str(checkpoint))
     assert not torch.equal(interrupted.score.weight, whole.score.weight)
     assert torch.equal(resumed.score.weight, whole.score.weight)
+    fresh = connected.classifier(num_labels=2)
+    fresh.load_head(checkpoint)
+    assert torch.equal(fresh.score.weight, interrupted.score.weight)
+    with pytest.raises(swarm.UserError, match=r"the head in .* is for \[2, 32\]"):
+        connected.classifier(num_labels=3).load_head(checkpoint)
+    with pytest.raises(swarm.UserError, match="holds no classification head"):
+        fresh.load_head(tmp_path)
 
 
 def test_clients_that_tune_at_once_do_not_disturb_each_other(connect, tokenizer, rows):

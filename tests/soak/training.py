@@ -130,7 +130,7 @@ def main() -> int:
                 "fault": {"action": "SIGKILL", "on": "backward", "at_step": options.steps}
             }  # two microbatches a step
             victim, *_ = start(nodes, name, 3, node0=fault)
-            nodes.start_node(name, "0:10").ready()  # takes over; the client may use both before
+            nodes.start_node(name, "0:10", s_per_block=1.0).ready()  # seems slow, and so takes over only then
             batches = [
                 {key: value[rows] for key, value in paragraphs(tokenizer, 16, 40).items()}
                 for rows in (slice(0, 4), slice(4, 8), slice(8, 12), slice(12, 16))
