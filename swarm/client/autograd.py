@@ -29,7 +29,9 @@ def through_blocks(
         )
         return output, dict(zip(blocks, states, strict=True))
     plain = hidden.detach()
-    output, microbatches = swarm.run(swarm.client.blocks.forward(plain, options, wants_gradients=False))
+    output, microbatches = swarm.run(
+        swarm.client.blocks.forward(plain, options, wants_gradients=False, keeps_inputs=wants_boundaries)
+    )
     return output, _boundaries(microbatches) if wants_boundaries else {}
 
 

@@ -34,7 +34,7 @@ class ClientConfig:
     microbatch_tokens: int = 512
     """A batch is split, by rows, into microbatches of at most so many tokens (at least one row)."""
     max_in_flight: int = 4
-    """Microbatches under way at the same time."""
+    """Microbatches under way at the same time; a node grants one client 8 streams."""
     microbatch_timeout_s: float = 120.0
     """Bound on one microbatch through all blocks, one way, with all its retries."""
     dropout: bool = False
@@ -49,6 +49,8 @@ class ClientConfig:
             )
         if self.wire not in list(WireFormat):
             raise UserError(f"wire must be one of {', '.join(WireFormat)}, got {self.wire!r}")
+        if self.max_in_flight > 8:
+            raise UserError(f"max_in_flight must be 1 to 8, got {self.max_in_flight}")
         counts = ("microbatch_tokens", "max_in_flight", "microbatch_timeout_s")
         for name in (*counts, "request_timeout_s", "join_timeout_s", "patience_s", "stall_s", "ping_timeout_s"):
             if getattr(self, name) <= 0:

@@ -13,6 +13,7 @@ import asyncio
 import itertools
 import logging
 import os
+import random
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 # A batch of more microbatches than this takes long enough for a progress bar.
 _MANY_MICROBATCHES = 16
+_MAX_IDLE_STREAMS = 4
+_PAUSE_S = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +114,9 @@ class RemoteBlocks:
         self._max_tokens: dict[str, int] = {}  # of a microbatch, by peer, as they said
 
     async def forward(
-        self, hidden: Tensor, options: PassOptions, *, wants_gradients: bool
+        self, hidden: Tensor, options: PassOptions, *, wants_gradients: bool, keeps_inputs: bool = True
     ) -> tuple[Tensor, list[Microbatch]]:
-        """Hidden states [B, T, H] after the last block, and the microbatches, for backward.
+        """Hidden states [B, T, H] after the last block, and the microbatches, with the inputs of their hops if they are kept.
 
         Raises RouteBroken, or UserError when a row is longer than any node takes.
         """
@@ -124,9 +127,10 @@ class RemoteBlocks:
 
         async def run(index: int) -> None:
             microbatch = microbatches[index]
-            microbatch.segments, outputs[index] = await self._forward(
+            segments, outputs[index] = await self._forward(
                 microbatch, self._router.all_blocks, hidden[microbatch.rows].contiguous(), wants_gradients
             )
+            microbatch.segments = segments if wants_gradients or keeps_inputs else []
 
         await self._run_all("forward", run, len(microbatches))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0], microbatches
@@ -188,19 +192,20 @@ class RemoteBlocks:
     async def _largest_microbatch(self, num_tokens: int) -> int:
         """Tokens that every hop of the route that would be taken now accepts at once. UserError if not even one row fits."""
         deadline = time.monotonic() + self._config.request_timeout_s
-        too_small: dict[str, SwarmError] = {}
+        avoid: dict[str, SwarmError] = {}
         while True:
-            route = await self._plan(self._router.all_blocks, num_tokens, deadline, too_small)
+            route = await self._plan(self._router.all_blocks, num_tokens, deadline, avoid)
             for hop in route:
                 if hop.peer_id not in self._max_tokens:
                     try:
                         self._give_back(await self._take_stream(hop, deadline))
                     except (PeerFailed, Busy) as error:
                         self._give_up(hop, error)
+                        avoid[hop.peer_id] = error
                         break
                 if self._max_tokens[hop.peer_id] < num_tokens:
                     limit = self._max_tokens[hop.peer_id]
-                    too_small[hop.peer_id] = UserError(
+                    avoid[hop.peer_id] = UserError(
                         f"a row of {num_tokens} tokens is too long: peer {hop.peer_id[-8:]}, which serves blocks {hop.span}, "
                         f"takes {limit} tokens at once; shorten the rows, or have nodes started with a larger --max-microbatch-tokens"
                     )
@@ -236,11 +241,13 @@ class RemoteBlocks:
     async def _backward(self, microbatch: Microbatch, segment: Segment, gradient: Tensor, deadline: float) -> Tensor:
         """Gradient w.r.t. the segment's input. If its peer is lost, others compute the segment again from its input."""
         avoid: dict[str, SwarmError] = {}
-        try:
-            return await self._ask_backward(microbatch, segment, gradient, deadline)
-        except (PeerFailed, Busy) as error:
-            self._give_up(segment.hop, error)
-            avoid[segment.hop.peer_id] = error
+        # Another microbatch may have found out already that this peer is lost.
+        if not self._router.health.is_banned(segment.hop.peer_id, now=time.monotonic()):
+            try:
+                return await self._ask_backward(microbatch, segment, gradient, deadline)
+            except (PeerFailed, Busy) as error:
+                self._give_up(segment.hop, error)
+                avoid[segment.hop.peer_id] = error
         while True:
             *earlier, last = await self._plan(
                 segment.hop.span, _num_tokens(gradient), deadline, avoid, segment.hop.record.numeric_class
@@ -297,6 +304,7 @@ class RemoteBlocks:
                 elif avoid:  # they may be able again: a ban or a queue ends
                     last = list(avoid.values())[-1]
                     avoid.clear()
+                    await asyncio.sleep(_PAUSE_S * random.uniform(0.8, 1.2))
                     try:
                         return await self._router.plan(
                             wanted,
@@ -354,6 +362,10 @@ class RemoteBlocks:
         is_done = False
         try:
             stream = await self._take_stream(hop, deadline)
+            limit = stream.opened.microbatches_opened.max_tokens
+            if _num_tokens(like) > limit:  # it came in the place of a peer that takes more
+                self._give_back(stream)
+                raise Busy(f"peer {hop.peer_id[-8:]} takes {limit} tokens at once, not {_num_tokens(like)}")
             before = stream.bytes_moved
             try:
                 stream.accept_messages_of(like.numel() * 4 + MAX_HEADER_BYTES)
@@ -385,6 +397,9 @@ class RemoteBlocks:
             if not stream.is_broken:
                 return stream
             await stream.aclose()
+        others = [key for key in self._idle if key[0] == hop.peer_id and key[1] != hop.span]
+        if sum(len(self._idle[key]) for key in others) >= _MAX_IDLE_STREAMS:  # a peer grants only so many
+            await asyncio.gather(*(stream.aclose() for key in others for stream in self._idle.pop(key)))
         request = node_pb2.OpenMicrobatches(
             version=own_version(),
             model_digest=self._router.spec.digest,
@@ -392,7 +407,7 @@ class RemoteBlocks:
             end=hop.span.end,
             block_digests=[hop.record.digest_of(block) for block in hop.span],
         )
-        opened = await PeerStream.open(
+        return await PeerStream.open(
             self._host,
             hop,
             node_pb2.Request(open_microbatches=request),
@@ -400,10 +415,9 @@ class RemoteBlocks:
             self._config,
             deadline,
         )
-        self._max_tokens[hop.peer_id] = opened.opened.microbatches_opened.max_tokens
-        return opened
 
     def _give_back(self, stream: PeerStream) -> None:
+        self._max_tokens[stream.peer_id] = stream.opened.microbatches_opened.max_tokens
         self._idle[stream.peer_id, stream.hop.span].append(stream)
 
     def _give_up(self, hop: Hop, error: SwarmError) -> None:

@@ -83,8 +83,8 @@ def compare(remote: Any, local: Any, tolerance: float) -> dict[str, float]:
     return errors
 
 
-# All families through three hops; that one or two make no difference is shown with two families.
-CASES = [(family, 3) for family in FAMILIES] + [(family, count) for family in ("llama", "bloom") for count in (1, 2)]
+# All families through three hops; that one or two make no difference is shown with one family.
+CASES = [(family, 3) for family in FAMILIES] + [(family, count) for family in ("llama",) for count in (1, 2)]
 
 
 @pytest.mark.parametrize(("family", "num_nodes"), CASES)
@@ -100,7 +100,7 @@ def test_a_training_step_equals_the_local_one(nodes: LocalSwarm, family: str, nu
             # Two microbatches of 20 tokens a row, then three of 24; nothing was computed twice.
             assert (stats.num_forwards, stats.num_backwards) == (5 * num_nodes, 5 * num_nodes)
             assert (stats.num_recomputed, stats.num_reroutes) == (0, 0)
-        if num_nodes == 3:
+        if num_nodes == 3 and family in ("llama", "gemma2"):
             for wire, tolerance in WIRE_TOLERANCE.items():
                 with swarm.connect(wire=wire, **options) as connected:
                     errors = compare(connected.model(), local, tolerance)

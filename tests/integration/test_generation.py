@@ -109,7 +109,8 @@ def test_logits_of_a_plain_forward_equal_the_local_ones(tiny):
     with torch.no_grad():
         expected = local(**inputs, position_ids=positions).logits[real]
     actual = remote(**inputs).logits[real]
-    assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
+    # The default wire rounds to bf16 at each hop; test_forward_backward.py shows equality with fp32.
+    assert 0 < (actual - expected).abs().max() < 1e-2 * expected.abs().max()
 
 
 def test_returned_scores_are_the_local_ones(tiny):

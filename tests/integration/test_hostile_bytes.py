@@ -317,7 +317,7 @@ STEPS: dict[str, tuple[Steps, int, str]] = {
         node_pb2.THE_SESSION_IS_UNKNOWN,
         "another session",
     ),
-    "second_open": (lambda p, s: (p.open_request(), []), WRONG, "has a session already"),
+    "second_open": (lambda p, s: (p.open_request(), []), WRONG, "was opened already"),
 }
 
 

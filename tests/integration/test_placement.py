@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import swarm
+from swarm.messages import PROTOCOL_MINOR
 from tests.support.processes import Process, local_swarm
 
 PROMPT = torch.tensor([[5, 77, 130, 9]])
@@ -59,7 +60,7 @@ def test_versions_meet_or_refuse_clearly(tiny_path, tmp_path):
         with swarm.connect(**options) as connected:
             assert torch.equal(greedy(connected.model()), greedy(AutoModelForCausalLM.from_pretrained(tiny_path)))
             route = connected.model().last_session.last_route
-            assert [hop.record.protocol_minor for hop in route] == [7, 0]
+            assert [hop.record.protocol_minor for hop in route] == [7, PROTOCOL_MINOR]
 
 
 def test_a_session_leaves_its_numeric_class_only_when_nobody_of_it_is_left(tiny_path, tmp_path):
