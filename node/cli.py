@@ -13,6 +13,7 @@ from node.config import PRECISIONS, NodeConfig
 from swarm.errors import SwarmError
 from swarm.flags import (
     BlocksType,
+    RunIdType,
     announce_option,
     config_option,
     configure_logging,
@@ -39,7 +40,10 @@ def cli() -> None:
 
 @cli.command(context_settings={"auto_envvar_prefix": "SHARDSWARM_NODE", "show_default": True})
 @config_option
-@click.option("--model", required=True, help="Alias (smollm2-135m), hub id, directory or GGUF file.")
+@click.option("--model", default="", help="Alias (smollm2-135m), hub id, directory or GGUF file.")
+@click.option(
+    "--run", "run_id", type=RunIdType(), help="Train a stage of this run instead of serving a model's blocks."
+)
 @initial_peers_option(required=False)
 @click.option("--blocks", type=BlocksType(), help="Blocks to host. Default: those that the swarm serves worst.")
 @click.option(
@@ -98,7 +102,7 @@ def cli() -> None:
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Where converted models are kept.")
 @log_level_option
 def run(log_level: str, cache_mib: int, stash_mib: int, max_memory_mib: int | None, **flags: Any) -> None:
-    """Join a swarm and serve blocks of a model until SIGTERM (or Ctrl-C).
+    """Join a swarm and serve blocks of a model, or train a stage of a run, until SIGTERM (or Ctrl-C).
 
     Prints "READY {json}" on stdout when it can serve.
     """

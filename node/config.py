@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from swarm.errors import UserError
 from swarm.span import Span
+from swarm.training.member_config import MembershipConfig
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -15,8 +16,11 @@ PRECISIONS = ("fp32", "bf16")
 class NodeConfig:
     """One node process. Made by node.cli from flags, environment, file and defaults, in this order of precedence."""
 
-    model: str
-    """Alias, hub id, directory or GGUF file."""
+    model: str = ""
+    """Alias, hub id, directory or GGUF file; empty when it is a run's."""
+    run_id: bytes | None = None
+    """Train a stage of this run, instead of serving blocks of a model."""
+    membership: MembershipConfig = field(default_factory=MembershipConfig)
     initial_peers: tuple[str, ...] = ()
     """Multiaddrs ending in /p2p/<peer id>; empty: a new swarm."""
     blocks: Span | None = None
@@ -56,6 +60,8 @@ class NodeConfig:
     cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
+        if bool(self.model) == (self.run_id is not None):
+            raise UserError("say what to host: either --model, or --run for a stage of a training run")
         if self.precision not in PRECISIONS:
             raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         positive = {

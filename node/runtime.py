@@ -8,7 +8,6 @@ import gc
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from swarm.messages import NODE_PROTOCOL, PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWA
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host, HostConfig, running_host, strip_peer_id
 from swarm.records import MAX_ADDRESSES, ShardRecord, ShardState
+from swarm.signals import Signals
 from swarm.span import Span
 
 log = logging.getLogger(__name__)
@@ -54,9 +54,9 @@ class Node:
         config = self.config
         started = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
-            signals = _Signals(stack)
+            signals = Signals(stack)
             stack.callback(self._executor.close)
-            host = await stack.enter_async_context(running_host(_host_config(config)))
+            host = await stack.enter_async_context(running_host(host_config_of(config)))
             directory = await Directory.join(
                 host, list(config.initial_peers), serves=not config.use_relay, timeout_s=config.join_timeout_s
             )
@@ -216,7 +216,7 @@ def _public_source(source: str) -> str:
     return f"{kind}:{Path(place).name if kind in ('dir', 'gguf') else place}"[:200]
 
 
-def _host_config(config: NodeConfig) -> HostConfig:
+def host_config_of(config: NodeConfig) -> HostConfig:
     return HostConfig(
         listen=config.listen,
         announce=config.announce,
@@ -224,22 +224,6 @@ def _host_config(config: NodeConfig) -> HostConfig:
         relays=config.initial_peers if config.use_relay else (),
         max_streams_per_peer=config.max_sessions_per_peer + 8,
     )
-
-
-class _Signals:
-    """What SIGTERM and SIGINT ask for: the first one to leave, a second one to leave without waiting for sessions."""
-
-    def __init__(self, stack: contextlib.AsyncExitStack) -> None:
-        self.stop, self.hurry = asyncio.Event(), asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            # A further signal, when all is done and only the interpreter has to end, must not make it look like a crash.
-            stack.callback(signal.signal, number, signal.SIG_IGN)
-            stack.callback(loop.remove_signal_handler, number)
-            loop.add_signal_handler(number, self._on_signal)
-
-    def _on_signal(self) -> None:
-        (self.hurry if self.stop.is_set() else self.stop).set()
 
 
 def _print_ready(addresses: list[str], record: ShardRecord, throughput: Throughput, ready_s: float) -> None:
@@ -266,7 +250,12 @@ def run_node(config: NodeConfig) -> int:
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(Node(config).run())
+            if config.run_id is not None:
+                from node.training.runtime import TrainingNode
+
+                runner.run(TrainingNode(config).run())
+            else:
+                runner.run(Node(config).run())
     except SwarmError as error:
         print(f"swarm-node: {error}", file=sys.stderr)
         return 1

@@ -21,6 +21,8 @@ class RefusalCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     THE_COMPUTATION_FAILED: _ClassVar[RefusalCode]
     THE_MICROBATCH_IS_UNKNOWN: _ClassVar[RefusalCode]
     THE_MICROBATCH_IS_TOO_LARGE: _ClassVar[RefusalCode]
+    THE_EPOCH_IS_ANOTHER: _ClassVar[RefusalCode]
+    THE_RUN_IS_ANOTHER: _ClassVar[RefusalCode]
 THE_REQUEST_IS_WRONG: RefusalCode
 THIS_NODE_HAS_NO_ROOM: RefusalCode
 THIS_NODE_IS_LEAVING: RefusalCode
@@ -32,6 +34,8 @@ THE_CACHE_IS_TOO_SMALL: RefusalCode
 THE_COMPUTATION_FAILED: RefusalCode
 THE_MICROBATCH_IS_UNKNOWN: RefusalCode
 THE_MICROBATCH_IS_TOO_LARGE: RefusalCode
+THE_EPOCH_IS_ANOTHER: RefusalCode
+THE_RUN_IS_ANOTHER: RefusalCode
 
 class ProtocolVersion(_message.Message):
     __slots__ = ("major", "minor", "software")
@@ -44,7 +48,7 @@ class ProtocolVersion(_message.Message):
     def __init__(self, major: _Optional[int] = ..., minor: _Optional[int] = ..., software: _Optional[str] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("tensors", "open", "step", "status", "open_microbatches", "forward", "backward")
+    __slots__ = ("tensors", "open", "step", "status", "open_microbatches", "forward", "backward", "open_stage", "stage_forward", "stage_backward")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +56,9 @@ class Request(_message.Message):
     OPEN_MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_FIELD_NUMBER: _ClassVar[int]
+    OPEN_STAGE_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FORWARD_FIELD_NUMBER: _ClassVar[int]
+    STAGE_BACKWARD_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]
     open: OpenSession
     step: Step
@@ -59,10 +66,13 @@ class Request(_message.Message):
     open_microbatches: OpenMicrobatches
     forward: Forward
     backward: Backward
-    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ..., open: _Optional[_Union[OpenSession, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., status: _Optional[_Union[GetNodeStatus, _Mapping]] = ..., open_microbatches: _Optional[_Union[OpenMicrobatches, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ...) -> None: ...
+    open_stage: OpenStage
+    stage_forward: StageForward
+    stage_backward: StageBackward
+    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ..., open: _Optional[_Union[OpenSession, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., status: _Optional[_Union[GetNodeStatus, _Mapping]] = ..., open_microbatches: _Optional[_Union[OpenMicrobatches, _Mapping]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., open_stage: _Optional[_Union[OpenStage, _Mapping]] = ..., stage_forward: _Optional[_Union[StageForward, _Mapping]] = ..., stage_backward: _Optional[_Union[StageBackward, _Mapping]] = ...) -> None: ...
 
 class Reply(_message.Message):
-    __slots__ = ("tensors", "refusal", "opened", "step", "status", "microbatches_opened", "forward", "backward")
+    __slots__ = ("tensors", "refusal", "opened", "step", "status", "microbatches_opened", "forward", "backward", "stage_opened", "stage_forward", "stage_backward")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     OPENED_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +81,9 @@ class Reply(_message.Message):
     MICROBATCHES_OPENED_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_FIELD_NUMBER: _ClassVar[int]
+    STAGE_OPENED_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FORWARD_FIELD_NUMBER: _ClassVar[int]
+    STAGE_BACKWARD_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TensorHeader]
     refusal: Refusal
     opened: SessionOpened
@@ -79,7 +92,10 @@ class Reply(_message.Message):
     microbatches_opened: MicrobatchesOpened
     forward: ForwardDone
     backward: BackwardDone
-    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., opened: _Optional[_Union[SessionOpened, _Mapping]] = ..., step: _Optional[_Union[StepDone, _Mapping]] = ..., status: _Optional[_Union[NodeStatus, _Mapping]] = ..., microbatches_opened: _Optional[_Union[MicrobatchesOpened, _Mapping]] = ..., forward: _Optional[_Union[ForwardDone, _Mapping]] = ..., backward: _Optional[_Union[BackwardDone, _Mapping]] = ...) -> None: ...
+    stage_opened: StageOpened
+    stage_forward: StageForwardDone
+    stage_backward: StageBackwardDone
+    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.TensorHeader, _Mapping]]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., opened: _Optional[_Union[SessionOpened, _Mapping]] = ..., step: _Optional[_Union[StepDone, _Mapping]] = ..., status: _Optional[_Union[NodeStatus, _Mapping]] = ..., microbatches_opened: _Optional[_Union[MicrobatchesOpened, _Mapping]] = ..., forward: _Optional[_Union[ForwardDone, _Mapping]] = ..., backward: _Optional[_Union[BackwardDone, _Mapping]] = ..., stage_opened: _Optional[_Union[StageOpened, _Mapping]] = ..., stage_forward: _Optional[_Union[StageForwardDone, _Mapping]] = ..., stage_backward: _Optional[_Union[StageBackwardDone, _Mapping]] = ...) -> None: ...
 
 class OpenSession(_message.Message):
     __slots__ = ("version", "session_id", "model_digest", "start", "end", "block_digests", "batch", "max_length")
@@ -212,6 +228,72 @@ class BackwardDone(_message.Message):
     compute_us: int
     queue_us: int
     def __init__(self, microbatch_id: _Optional[bytes] = ..., was_stashed: bool = ..., compute_us: _Optional[int] = ..., queue_us: _Optional[int] = ...) -> None: ...
+
+class OpenStage(_message.Message):
+    __slots__ = ("version", "run_id", "stage")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    version: ProtocolVersion
+    run_id: bytes
+    stage: int
+    def __init__(self, version: _Optional[_Union[ProtocolVersion, _Mapping]] = ..., run_id: _Optional[bytes] = ..., stage: _Optional[int] = ...) -> None: ...
+
+class StageOpened(_message.Message):
+    __slots__ = ("version", "max_tokens")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    version: ProtocolVersion
+    max_tokens: int
+    def __init__(self, version: _Optional[_Union[ProtocolVersion, _Mapping]] = ..., max_tokens: _Optional[int] = ...) -> None: ...
+
+class StageForward(_message.Message):
+    __slots__ = ("epoch", "lineage", "unit", "first_sample", "wants_gradients")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_SAMPLE_FIELD_NUMBER: _ClassVar[int]
+    WANTS_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    lineage: bytes
+    unit: int
+    first_sample: int
+    wants_gradients: bool
+    def __init__(self, epoch: _Optional[int] = ..., lineage: _Optional[bytes] = ..., unit: _Optional[int] = ..., first_sample: _Optional[int] = ..., wants_gradients: bool = ...) -> None: ...
+
+class StageForwardDone(_message.Message):
+    __slots__ = ("unit",)
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    unit: int
+    def __init__(self, unit: _Optional[int] = ...) -> None: ...
+
+class StageBackward(_message.Message):
+    __slots__ = ("epoch", "lineage", "term_number", "term_peer", "ledger_id", "unit", "again")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    TERM_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TERM_PEER_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_ID_FIELD_NUMBER: _ClassVar[int]
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    lineage: bytes
+    term_number: int
+    term_peer: str
+    ledger_id: int
+    unit: int
+    again: StageForward
+    def __init__(self, epoch: _Optional[int] = ..., lineage: _Optional[bytes] = ..., term_number: _Optional[int] = ..., term_peer: _Optional[str] = ..., ledger_id: _Optional[int] = ..., unit: _Optional[int] = ..., again: _Optional[_Union[StageForward, _Mapping]] = ...) -> None: ...
+
+class StageBackwardDone(_message.Message):
+    __slots__ = ("unit", "was_in_ledger", "is_finite")
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    WAS_IN_LEDGER_FIELD_NUMBER: _ClassVar[int]
+    IS_FINITE_FIELD_NUMBER: _ClassVar[int]
+    unit: int
+    was_in_ledger: bool
+    is_finite: bool
+    def __init__(self, unit: _Optional[int] = ..., was_in_ledger: bool = ..., is_finite: bool = ...) -> None: ...
 
 class GetNodeStatus(_message.Message):
     __slots__ = ("version",)

@@ -25,17 +25,21 @@ _sym_db = _symbol_database.Default()
 from protos import node_pb2 as protos_dot_node__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/record.proto\x12\x08swarm.v1\x1a\x11protos/node.proto\"2\n\x0cSignedRecord\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x82\x03\n\x0bShardRecord\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x15\n\rexpires_at_ms\x18\x02 \x01(\x04\x12*\n\x07version\x18\x03 \x01(\x0b\x32\x19.swarm.v1.ProtocolVersion\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12\x0e\n\x06source\x18\x05 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x06 \x01(\x0c\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\r\n\x05start\x18\x08 \x01(\r\x12\x0b\n\x03\x65nd\x18\t \x01(\r\x12\x15\n\rblock_digests\x18\n \x03(\x0c\x12\x15\n\rnumeric_class\x18\x0b \x01(\t\x12#\n\x05state\x18\x0c \x01(\x0e\x32\x14.swarm.v1.ShardState\x12\x15\n\rstarted_at_ms\x18\r \x01(\x04\x12\x1a\n\x12\x64\x65\x63ode_s_per_block\x18\x0e \x01(\x02\x12\x1c\n\x14prefill_tokens_per_s\x18\x0f \x01(\x02\x12\x11\n\taddresses\x18\x10 \x03(\t*O\n\nShardState\x12\x1b\n\x17SHARD_STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07JOINING\x10\x01\x12\n\n\x06ONLINE\x10\x02\x12\x0b\n\x07LEAVING\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13protos/record.proto\x12\x08swarm.v1\x1a\x11protos/node.proto\"V\n\x0cSignedRecord\x12\x0f\n\x07payload\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x12\"\n\x04kind\x18\x03 \x01(\x0e\x32\x14.swarm.v1.RecordKind\"\x82\x03\n\x0bShardRecord\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x15\n\rexpires_at_ms\x18\x02 \x01(\x04\x12*\n\x07version\x18\x03 \x01(\x0b\x32\x19.swarm.v1.ProtocolVersion\x12\x12\n\nmodel_name\x18\x04 \x01(\t\x12\x0e\n\x06source\x18\x05 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x06 \x01(\x0c\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\r\n\x05start\x18\x08 \x01(\r\x12\x0b\n\x03\x65nd\x18\t \x01(\r\x12\x15\n\rblock_digests\x18\n \x03(\x0c\x12\x15\n\rnumeric_class\x18\x0b \x01(\t\x12#\n\x05state\x18\x0c \x01(\x0e\x32\x14.swarm.v1.ShardState\x12\x15\n\rstarted_at_ms\x18\r \x01(\x04\x12\x1a\n\x12\x64\x65\x63ode_s_per_block\x18\x0e \x01(\x02\x12\x1c\n\x14prefill_tokens_per_s\x18\x0f \x01(\x02\x12\x11\n\taddresses\x18\x10 \x03(\t\"\xaa\x02\n\x0cMemberRecord\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x15\n\rexpires_at_ms\x18\x02 \x01(\x04\x12*\n\x07version\x18\x03 \x01(\x0b\x32\x19.swarm.v1.ProtocolVersion\x12\x0e\n\x06run_id\x18\x04 \x01(\x0c\x12\r\n\x05stage\x18\x05 \x01(\r\x12#\n\x05state\x18\x06 \x01(\x0e\x32\x14.swarm.v1.ShardState\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\x12\x0f\n\x07lineage\x18\x08 \x01(\x0c\x12\x14\n\x0ctokens_per_s\x18\t \x01(\x02\x12\x1d\n\x15\x62\x61ndwidth_bytes_per_s\x18\n \x01(\x02\x12\x11\n\x04loss\x18\x0b \x01(\x02H\x00\x88\x01\x01\x12\x11\n\taddresses\x18\x0c \x03(\tB\x07\n\x05_loss*1\n\nRecordKind\x12\x10\n\x0cSHARD_RECORD\x10\x00\x12\x11\n\rMEMBER_RECORD\x10\x01*O\n\nShardState\x12\x1b\n\x17SHARD_STATE_UNSPECIFIED\x10\x00\x12\x0b\n\x07JOINING\x10\x01\x12\n\n\x06ONLINE\x10\x02\x12\x0b\n\x07LEAVING\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.record_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SHARDSTATE']._serialized_start=493
-  _globals['_SHARDSTATE']._serialized_end=572
+  _globals['_RECORDKIND']._serialized_start=830
+  _globals['_RECORDKIND']._serialized_end=879
+  _globals['_SHARDSTATE']._serialized_start=881
+  _globals['_SHARDSTATE']._serialized_end=960
   _globals['_SIGNEDRECORD']._serialized_start=52
-  _globals['_SIGNEDRECORD']._serialized_end=102
-  _globals['_SHARDRECORD']._serialized_start=105
-  _globals['_SHARDRECORD']._serialized_end=491
+  _globals['_SIGNEDRECORD']._serialized_end=138
+  _globals['_SHARDRECORD']._serialized_start=141
+  _globals['_SHARDRECORD']._serialized_end=527
+  _globals['_MEMBERRECORD']._serialized_start=530
+  _globals['_MEMBERRECORD']._serialized_end=828
 # @@protoc_insertion_point(module_scope)

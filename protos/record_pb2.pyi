@@ -8,24 +8,33 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class RecordKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SHARD_RECORD: _ClassVar[RecordKind]
+    MEMBER_RECORD: _ClassVar[RecordKind]
+
 class ShardState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SHARD_STATE_UNSPECIFIED: _ClassVar[ShardState]
     JOINING: _ClassVar[ShardState]
     ONLINE: _ClassVar[ShardState]
     LEAVING: _ClassVar[ShardState]
+SHARD_RECORD: RecordKind
+MEMBER_RECORD: RecordKind
 SHARD_STATE_UNSPECIFIED: ShardState
 JOINING: ShardState
 ONLINE: ShardState
 LEAVING: ShardState
 
 class SignedRecord(_message.Message):
-    __slots__ = ("payload", "signature")
+    __slots__ = ("payload", "signature", "kind")
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
     payload: bytes
     signature: bytes
-    def __init__(self, payload: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+    kind: RecordKind
+    def __init__(self, payload: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., kind: _Optional[_Union[RecordKind, str]] = ...) -> None: ...
 
 class ShardRecord(_message.Message):
     __slots__ = ("peer_id", "expires_at_ms", "version", "model_name", "source", "model_digest", "num_blocks", "start", "end", "block_digests", "numeric_class", "state", "started_at_ms", "decode_s_per_block", "prefill_tokens_per_s", "addresses")
@@ -62,3 +71,31 @@ class ShardRecord(_message.Message):
     prefill_tokens_per_s: float
     addresses: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, peer_id: _Optional[str] = ..., expires_at_ms: _Optional[int] = ..., version: _Optional[_Union[_node_pb2.ProtocolVersion, _Mapping]] = ..., model_name: _Optional[str] = ..., source: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., num_blocks: _Optional[int] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., block_digests: _Optional[_Iterable[bytes]] = ..., numeric_class: _Optional[str] = ..., state: _Optional[_Union[ShardState, str]] = ..., started_at_ms: _Optional[int] = ..., decode_s_per_block: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class MemberRecord(_message.Message):
+    __slots__ = ("peer_id", "expires_at_ms", "version", "run_id", "stage", "state", "epoch", "lineage", "tokens_per_s", "bandwidth_bytes_per_s", "loss", "addresses")
+    PEER_ID_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_AT_MS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    BANDWIDTH_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    peer_id: str
+    expires_at_ms: int
+    version: _node_pb2.ProtocolVersion
+    run_id: bytes
+    stage: int
+    state: ShardState
+    epoch: int
+    lineage: bytes
+    tokens_per_s: float
+    bandwidth_bytes_per_s: float
+    loss: float
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, peer_id: _Optional[str] = ..., expires_at_ms: _Optional[int] = ..., version: _Optional[_Union[_node_pb2.ProtocolVersion, _Mapping]] = ..., run_id: _Optional[bytes] = ..., stage: _Optional[int] = ..., state: _Optional[_Union[ShardState, str]] = ..., epoch: _Optional[int] = ..., lineage: _Optional[bytes] = ..., tokens_per_s: _Optional[float] = ..., bandwidth_bytes_per_s: _Optional[float] = ..., loss: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -4,6 +4,7 @@
     ROOT/models/KEY.partial/ being made by whoever holds the exclusive lock; left over if nobody does
     ROOT/models/KEY.lock     flock: exclusive while making or removing, shared while in use; its mtime is the last use
     ROOT/digests/            see `Sidecar`
+    ROOT/runs/               see swarm/run_store.py
 
 Models from the hub stay in the hub's own cache (`hf cache` lists them).
 """
@@ -91,7 +92,7 @@ def obtain(root: Path, key: str, make: Callable[[Path], tuple[str, str]]) -> tup
             except BlockingIOError:
                 _pause(lock_path, deadline)
     except OSError as error:
-        raise _disk_error(root, error) from error
+        raise disk_error(root, error) from error
 
 
 def find(root: Path, key: str) -> tuple[Path, Lease] | None:
@@ -295,7 +296,8 @@ def _stamps(files: Sequence[Path]) -> list[list[Any]]:
     return [[str(path), (status := path.stat()).st_size, status.st_mtime_ns] for path in files]
 
 
-def _disk_error(root: Path, error: OSError) -> UserError:
+def disk_error(root: Path, error: OSError) -> UserError:
+    """What the user can do about an error of the disk that the cache is on."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"the disk of {root} is full: free some space, or set SHARDSWARM_CACHE to another folder")
     return UserError(

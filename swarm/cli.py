@@ -1,8 +1,9 @@
-"""Command line of the client: swarm generate | chat | status | cache."""
+"""Command line of the client: swarm generate | chat | status | train | run | cache."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swarm.errors import SwarmError
-from swarm.flags import configure_logging, initial_peers_option
+from swarm.flags import RunIdType, announce_option, configure_logging, initial_peers_option, listen_option
 
 if TYPE_CHECKING:
     from swarm.client.blocking import Swarm
@@ -155,6 +156,166 @@ def status(initial_peers: tuple[str, ...], model: str | None, timeout_s: float, 
         click.echo(json.dumps(records_as_json(records, time.time())))
     else:
         records_as_table(records, time.time(), sys.stdout)
+
+
+@cli.command()
+@click.argument("run_id", type=RunIdType())
+@initial_peers_option(required=True)
+@click.option(
+    "--data",
+    type=click.Path(exists=True, path_type=Path),
+    help="Folder with the run's files, if they are not where its rules say; in runs with private data your own text.",
+)
+@click.option("--held-out", type=click.Path(exists=True, path_type=Path), help="Folder with the run's held-out files.")
+@click.option(
+    "--in-flight",
+    "max_in_flight",
+    type=click.IntRange(1, 32),
+    default=4,
+    show_default=True,
+    help="Microbatches under way at the same time.",
+)
+@click.option(
+    "--workers",
+    "num_workers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Processes that tokenise.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads for embedding and head.")
+@click.option("--log-file", type=click.Path(path_type=Path), help="Append a line of JSON for every epoch to this file.")
+@click.option("--tensorboard", type=click.Path(path_type=Path), help="Write TensorBoard events into this folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print a line of JSON for every epoch instead of the live view.")
+@listen_option
+@announce_option
+@click.option("--identity", type=click.Path(path_type=Path), help="File with this trainer's key; made if missing.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where runs are kept.")
+@click.option(
+    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning", show_default=True
+)
+def train(
+    log_level: str, log_file: Path | None, tensorboard: Path | None, as_json: bool, num_workers: int, **flags: Any
+) -> None:
+    """Feed microbatches of a run's data through its stages, until its end or Ctrl-C."""
+    configure_logging(log_level)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from swarm.client.trainer_config import TrainerConfig
+    from swarm.client.training_run import run_trainer
+
+    config = TrainerConfig(**flags, num_workers=num_workers)
+    sys.exit(run_trainer(config, log_file=log_file, tensorboard=tensorboard, as_json=as_json))
+
+
+@cli.group()
+def run() -> None:
+    """Training runs: make one, publish its rules, look at them."""
+
+
+def _run_options(*, peers_required: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    options = [
+        initial_peers_option(required=peers_required),
+        click.option(
+            "--timeout",
+            "timeout_s",
+            type=click.FloatRange(min=0.1),
+            default=15.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="Bound on joining the swarm, and on its answer.",
+        ),
+        click.option("--cache-dir", type=click.Path(path_type=Path), help="Where runs are kept."),
+        click.option(
+            "--log-level",
+            type=click.Choice(["debug", "info", "warning", "error"]),
+            default="warning",
+            show_default=True,
+        ),
+    ]
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+@run.command("create")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@_run_options(peers_required=True)
+@click.option(
+    "--identity",
+    type=click.Path(path_type=Path),
+    help="File with the key that signs the run; made if missing.  [default: owner.identity in the cache folder]",
+)
+@click.option(
+    "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that help to tokenise."
+)
+def run_create(
+    file: Path,
+    initial_peers: tuple[str, ...],
+    timeout_s: float,
+    cache_dir: Path | None,
+    log_level: str,
+    identity: Path | None,
+    workers: int,
+) -> None:
+    """Make a run of the rules in FILE (a run.toml): sign them for ever, keep them here and publish them.
+
+    Prints the run id. Everybody who takes part publishes the rules again.
+    """
+    configure_logging(log_level)
+    from swarm.run_creation import create_run
+
+    store = create_run(file, identity_path=identity, cache_dir=cache_dir, num_workers=workers)
+    # First of all, so that it is not lost if the swarm cannot be reached.
+    click.echo(store.run_id.hex())
+    from swarm.client.runs import next_commands, publish_run
+
+    publish_run(store, initial_peers, timeout_s)
+    click.echo(next_commands(store, initial_peers[0]), err=True)
+
+
+@run.command("publish")
+@click.argument("run_id", type=RunIdType())
+@_run_options(peers_required=True)
+def run_publish(
+    run_id: bytes, initial_peers: tuple[str, ...], timeout_s: float, cache_dir: Path | None, log_level: str
+) -> None:
+    """Publish the rules of a run that is kept here again, for five minutes: those who take part do so by themselves."""
+    configure_logging(log_level)
+    from swarm.client.runs import next_commands, publish_run
+    from swarm.run_store import RunStore
+
+    store = RunStore.open(run_id, cache_dir)
+    publish_run(store, initial_peers, timeout_s)
+    click.echo(next_commands(store, initial_peers[0]), err=True)
+
+
+@run.command("show")
+@click.argument("run_id", type=RunIdType())
+@_run_options(peers_required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def run_show(
+    run_id: bytes,
+    initial_peers: tuple[str, ...],
+    timeout_s: float,
+    cache_dir: Path | None,
+    log_level: str,
+    as_json: bool,
+) -> None:
+    """The rules of a run, from this machine or from the swarm; they are kept."""
+    configure_logging(log_level)
+    from swarm.run_store import RunStore
+    from swarm.run_text import run_as_json, run_as_text
+
+    store = RunStore.find(run_id, cache_dir)
+    if store is None:
+        from swarm.client.runs import fetch_run
+
+        store = fetch_run(run_id, initial_peers, timeout_s, cache_dir)
+    click.echo(json.dumps(run_as_json(store)) if as_json else run_as_text(store))
 
 
 @cli.group()

@@ -9,6 +9,7 @@
     |- PeerFailed       another peer: this one vanished, stalled or cannot go on
     |  `- BadReply          another peer, and blame this one: it answered nonsense
     |- Busy             the same peer, later: it is full just now
+    |- Outdated         whoever told us where to go: that peer is in another epoch by now
     |- MicrobatchGone   the same peer, now: it needs the microbatch's input again
     `- BadRequest       nobody: a bug of ours, or an incompatible version; never retry
 
@@ -56,6 +57,10 @@ class Busy(SwarmError):
 
 class MicrobatchGone(SwarmError):
     """This peer keeps nothing (any more) of a microbatch; send its input again with the gradient."""
+
+
+class Outdated(SwarmError):
+    """This peer has other weights, obeys another leader or keeps another ledger by now; nothing is wrong with it."""
 
 
 class BadRequest(SwarmError):

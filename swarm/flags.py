@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from swarm.run_id import parse_run_id
 from swarm.span import Span
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -28,6 +29,20 @@ class BlocksType(click.ParamType[Span]):
             return value
         try:
             return Span.parse(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class RunIdType(click.ParamType[bytes]):
+    """A run id, in hexadecimal."""
+
+    name = "RUN_ID"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bytes:
+        if isinstance(value, bytes):
+            return value
+        try:
+            return parse_run_id(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
 

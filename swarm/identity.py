@@ -20,6 +20,7 @@ from swarm.errors import UserError
 # Protobuf encoding of {key type: Ed25519 (1), data: N bytes}, and libp2p's "identity" multihash of a 36-byte public key.
 _PRIVATE_KEY_PREFIX = bytes([0x08, 0x01, 0x12, 0x40])
 _PEER_ID_PREFIX = bytes([0x00, 0x24, 0x08, 0x01, 0x12, 0x20])
+_MAX_PEER_ID_CHARS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +71,20 @@ class Identity:
         return self.key.sign(message)
 
 
+def public_key_of(peer_id: str) -> bytes:
+    """The Ed25519 key that a peer id is, 32 bytes. ValueError for ids that do not carry one, or are written in another way."""
+    raw = base58.b58decode(peer_id) if len(peer_id) <= _MAX_PEER_ID_CHARS else b""
+    if len(raw) != 38 or not raw.startswith(_PEER_ID_PREFIX):
+        raise ValueError("the peer id is not that of an Ed25519 key")
+    if base58.b58encode(raw).decode() != peer_id:  # the decoder overlooks blanks
+        raise ValueError("the peer id is not in its canonical form")
+    return raw[6:]
+
+
 def verify_signature(peer_id: str, message: bytes, signature: bytes) -> bool:
     """Whether the owner of peer_id signed message. False for ids that do not carry an Ed25519 key."""
     try:
-        raw = base58.b58decode(peer_id)
-    except ValueError:
-        return False
-    if len(raw) != 38 or not raw.startswith(_PEER_ID_PREFIX):
-        return False
-    try:
-        Ed25519PublicKey.from_public_bytes(raw[6:]).verify(signature, message)
+        Ed25519PublicKey.from_public_bytes(public_key_of(peer_id)).verify(signature, message)
     except (InvalidSignature, ValueError):
         return False
     return True

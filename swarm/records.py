@@ -1,5 +1,6 @@
 """ShardRecord: what a node tells the swarm about its shard. Signed, expiring, bound to the peer id and to its DHT keys.
 
+Also the envelope that all records of peers share (`seal`, `unseal`); see swarm/member_record.py for the other kind.
 Pure: the clock is handed in; storing and fetching are swarm.p2p.directory's.
 """
 
@@ -7,7 +8,9 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -22,11 +25,17 @@ MAX_ADDRESSES = 8
 # A record names a key for each of its blocks: without a bound a record of a hundred bytes could name four billion.
 MAX_BLOCKS = 1024
 NUM_PEER_BUCKETS = 16
-_SIGNATURE_TAG = b"shardswarm ShardRecord 1\0"
+
+RecordMessage = TypeVar("RecordMessage", record_pb2.ShardRecord, record_pb2.MemberRecord)
+# Each kind is signed under a tag of its own, so none can be passed off as another.
+_KINDS: dict[type, tuple[record_pb2.RecordKind, bytes]] = {
+    record_pb2.ShardRecord: (record_pb2.SHARD_RECORD, b"shardswarm ShardRecord 1\0"),
+    record_pb2.MemberRecord: (record_pb2.MEMBER_RECORD, b"shardswarm MemberRecord 1\0"),
+}
 
 
 class ShardState(enum.IntEnum):
-    """Life of a shard. Only ONLINE ones get sessions."""
+    """Life of a shard, or of a member of a run. Only ONLINE ones get work."""
 
     JOINING = record_pb2.JOINING
     ONLINE = record_pb2.ONLINE
@@ -71,12 +80,13 @@ class ShardRecord:
             return f"span {self.span} exceeds {self.num_blocks} blocks"
         if len(self.block_digests) != len(self.span) and (online or self.block_digests):
             return f"{len(self.block_digests)} digests for {len(self.span)} blocks"
-        if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
-            return "rates must be finite and not negative"
-        texts = (self.peer_id, self.model_name, self.source, self.numeric_class, self.software, *self.addresses)
-        if len(self.addresses) > MAX_ADDRESSES or not all(len(t) <= 200 and t.isprintable() for t in texts):
-            return f"texts must be printable and have at most 200 characters, and addresses be at most {MAX_ADDRESSES}"
-        return None
+        texts = (self.peer_id, self.model_name, self.source, self.numeric_class, self.software)
+        return problem_with_rates(rates) or problem_with_texts(texts, self.addresses)
+
+    @property
+    def subkey(self) -> str:
+        """Its subkey in the DHT, under each of its keys."""
+        return self.peer_id
 
     def digest_of(self, block: int) -> bytes:
         """Digest of a block of the span."""
@@ -112,8 +122,6 @@ def bucket_of(peer_id: str) -> int:
 
 def sign_record(record: ShardRecord, identity: Identity) -> bytes:
     """The signed record as bytes. ValueError if it is larger than MAX_RECORD_BYTES or of another peer."""
-    if identity.peer_id != record.peer_id:
-        raise ValueError("a record is signed by its own peer")
     message = record_pb2.ShardRecord(
         peer_id=record.peer_id,
         expires_at_ms=round(record.expires_at * 1000),
@@ -134,12 +142,7 @@ def sign_record(record: ShardRecord, identity: Identity) -> bytes:
         prefill_tokens_per_s=record.prefill_tokens_per_s,
         addresses=record.addresses,
     )
-    payload = message.SerializeToString(deterministic=True)
-    signed = record_pb2.SignedRecord(payload=payload, signature=identity.sign(_SIGNATURE_TAG + payload))
-    raw = signed.SerializeToString()
-    if len(raw) > MAX_RECORD_BYTES:
-        raise ValueError(f"the record has {len(raw)} bytes, at most {MAX_RECORD_BYTES} are allowed: serve fewer blocks")
-    return raw
+    return seal(message, identity, "serve fewer blocks")
 
 
 def open_record(raw: bytes) -> ShardRecord:
@@ -147,15 +150,7 @@ def open_record(raw: bytes) -> ShardRecord:
 
     The caller compares expiry, subkey and key with those of the DHT entry.
     """
-    if len(raw) > MAX_RECORD_BYTES:
-        raise ValueError(f"record of {len(raw)} bytes")
-    try:
-        signed = record_pb2.SignedRecord.FromString(raw)
-        message = record_pb2.ShardRecord.FromString(signed.payload)
-    except DecodeError as error:
-        raise ValueError("record is not valid protobuf") from error
-    if not verify_signature(message.peer_id, _SIGNATURE_TAG + signed.payload, signed.signature):
-        raise ValueError("record is not signed by its peer")
+    message = unseal(raw, record_pb2.ShardRecord)
     return ShardRecord(
         peer_id=message.peer_id,
         model_name=message.model_name,
@@ -175,3 +170,59 @@ def open_record(raw: bytes) -> ShardRecord:
         protocol_minor=message.version.minor,
         software=message.version.software,
     )
+
+
+def problem_with_rates(rates: Sequence[float]) -> str | None:
+    """What is wrong with figures that a peer announces about itself, if anything."""
+    if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+        return "rates must be finite and not negative"
+    return None
+
+
+def problem_with_texts(texts: Sequence[str], addresses: Sequence[str]) -> str | None:
+    """What is wrong with the texts of a record, if anything: they are shown on terminals and in logs."""
+    if len(addresses) > MAX_ADDRESSES or not all(len(t) <= 200 and t.isprintable() for t in (*texts, *addresses)):
+        return f"texts must be printable and have at most 200 characters, and addresses be at most {MAX_ADDRESSES}"
+    return None
+
+
+def seal(message: record_pb2.ShardRecord | record_pb2.MemberRecord, identity: Identity, remedy: str) -> bytes:
+    """A record's message, signed. ValueError, with the remedy, if it is larger than MAX_RECORD_BYTES, or of another peer."""
+    if identity.peer_id != message.peer_id:
+        raise ValueError("a record is signed by its own peer")
+    kind, tag = _KINDS[type(message)]
+    payload = message.SerializeToString(deterministic=True)
+    signed = record_pb2.SignedRecord(payload=payload, signature=identity.sign(tag + payload), kind=kind)
+    raw = signed.SerializeToString()
+    if len(raw) > MAX_RECORD_BYTES:
+        raise ValueError(f"the record has {len(raw)} bytes, at most {MAX_RECORD_BYTES} are allowed: {remedy}")
+    return raw
+
+
+def unseal(raw: bytes, message_type: type[RecordMessage]) -> RecordMessage:
+    """The message in a record of this kind, its signature verified. ValueError, naming the reason, for anything else."""
+    kind, tag = _KINDS[message_type]
+    signed = _envelope(raw)
+    if signed.kind != kind:
+        raise ValueError("record of another kind")
+    try:
+        message = message_type.FromString(signed.payload)
+    except DecodeError as error:
+        raise ValueError("record is not valid protobuf") from error
+    if not verify_signature(message.peer_id, tag + signed.payload, signed.signature):
+        raise ValueError("record is not signed by its peer")
+    return message
+
+
+def kind_of(raw: bytes) -> record_pb2.RecordKind:
+    """Which kind of record raw says that it is. ValueError if it is none."""
+    return _envelope(raw).kind
+
+
+def _envelope(raw: bytes) -> record_pb2.SignedRecord:
+    if len(raw) > MAX_RECORD_BYTES:
+        raise ValueError(f"record of {len(raw)} bytes")
+    try:
+        return record_pb2.SignedRecord.FromString(raw)
+    except DecodeError as error:
+        raise ValueError("record is not valid protobuf") from error

@@ -29,6 +29,10 @@ class Hop:
     def peer_id(self) -> str:
         return self.record.peer_id
 
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return self.record.addresses
+
 
 Route = tuple[Hop, ...]
 

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,10 +65,8 @@ class SpanModel:
         self._takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
         self._enters_late = False  # whether the base model changes hidden states on their way to the first block
         self._views: dict[Span, _View] = {}
-        self._weight_places = {
-            tensor.untyped_storage().data_ptr()
-            for tensor in itertools.chain(self._base.parameters(), self._base.buffers())
-        }
+        self._weight_places: set[int] = set()
+        self.note_weights()
         try:
             with quiet_libraries(), torch.inference_mode():
                 misfit = self._find_misfit()
@@ -78,6 +76,17 @@ class SpanModel:
             raise UserError(
                 f"{checkpoint.name} ({config.model_type}) cannot be served in spans: {misfit}; choose another model"
             )
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The blocks' weights. Whoever gives them other memory calls note_weights."""
+        return self._base.named_parameters()  # type: ignore[no-any-return]
+
+    def note_weights(self) -> None:
+        """Look up where the weights are: what a graph holds of them is not counted as its own."""
+        self._weight_places = {
+            tensor.untyped_storage().data_ptr()
+            for tensor in itertools.chain(self._base.parameters(), self._base.buffers())
+        }
 
     def new_cache(self, hop: Span) -> SpanCache:
         """An empty cache for the blocks of a hop within the span. BadRequest if it is not."""
@@ -142,10 +151,13 @@ class SpanModel:
             )[0]
         return output.to("cpu")
 
-    def differentiable(self, hop: Span, hidden_BTH: Tensor, **options: Any) -> tuple[Tensor, Tensor, int]:
+    def differentiable(
+        self, hop: Span, hidden_BTH: Tensor, *, row_seeds: Sequence[int] = (), **options: Any
+    ) -> tuple[Tensor, Tensor, int]:
         """As forward_whole, keeping the autograd graph: (the input, the output that hangs on it, bytes that the graph holds).
 
-        The weights are no part of the graph: torch.autograd.grad(output, input, gradient) computes no gradients for them.
+        row_seeds: a dropout seed for each row, whose masks then do not depend on the rows beside it.
+        Unless the weights require gradients (a TrainableStage's do), they are no part of the graph.
         """
         given = hidden_BTH.detach().requires_grad_()
         held: dict[int, int] = {}
@@ -156,7 +168,11 @@ class SpanModel:
             return saved.detach()  # an output that its own graph holds would never be freed
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-            output = self.forward_whole(hop, given, **options)
+            if row_seeds:
+                rows = zip(torch.split(given, 1), row_seeds, strict=True)
+                output = torch.cat([self.forward_whole(hop, row, dropout_seed=seed, **options) for row, seed in rows])
+            else:
+                output = self.forward_whole(hop, given, **options)
         held |= {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in (given, output)}
         return given, output, sum(size for place, size in held.items() if place not in self._weight_places)
 

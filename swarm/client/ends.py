@@ -36,7 +36,7 @@ class Ends:
         config = checkpoint.config
         refuse_unfit(config, checkpoint.name)
         self.dtype = dtype
-        self.hidden_size, self._vocab_size = int(config.hidden_size), int(config.vocab_size)
+        self.hidden_size, self.vocab_size = int(config.hidden_size), int(config.vocab_size)
         relays: list[_Relay] = []
 
         def cut(model: Any) -> None:
@@ -192,7 +192,7 @@ class Ends:
 
     def _may_embed_in_parts(self) -> bool:
         """Whether tokens get the same embedding alone as after others (but for rounding, if a projection follows)."""
-        ids = torch.arange(5, device=self.device)[None] % self._vocab_size
+        ids = torch.arange(5, device=self.device)[None] % self.vocab_size
         whole, tail = self.embed(ids), self.embed(ids[:, 3:], position=3)
         if whole.shape != (1, 5, self.hidden_size):
             return False
@@ -202,7 +202,7 @@ class Ends:
     def _may_embed_directly(self) -> bool:
         """Whether the embedding is all that stands before the blocks: tried on random tokens, embeddings, positions and padding."""
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self._vocab_size, (2, 5), generator=generator).to(self.device)
+        ids = torch.randint(0, self.vocab_size, (2, 5), generator=generator).to(self.device)
         embeds = torch.randn(2, 5, self.hidden_size, generator=generator).to(self.device, self.dtype)
         mask = torch.ones(2, 8, dtype=torch.bool)
         mask[0, :4] = False

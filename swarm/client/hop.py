@@ -46,7 +46,7 @@ class StepInput:
 class RemoteHop:
     """An open session on one peer. The history holds its inputs, so that another peer can take over by replay."""
 
-    def __init__(self, stream: PeerStream, session_id: bytes) -> None:
+    def __init__(self, stream: PeerStream[Hop], session_id: bytes) -> None:
         opened = stream.opened.opened
         self.hop = stream.hop
         self.numeric_class = opened.numeric_class

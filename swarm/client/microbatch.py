@@ -110,7 +110,7 @@ class RemoteBlocks:
         self._host, self._router, self._config = host, router, config
         self._wire = WireFormat(config.wire)
         self._lanes = asyncio.Semaphore(config.max_in_flight)
-        self._idle: dict[tuple[str, Span], list[PeerStream]] = defaultdict(list)
+        self._idle: dict[tuple[str, Span], list[PeerStream[Hop]]] = defaultdict(list)
         self._max_tokens: dict[str, int] = {}  # of a microbatch, by peer, as they said
 
     async def forward(
@@ -389,7 +389,7 @@ class RemoteBlocks:
             if not is_done:
                 self.load.failed(hop.peer_id, work)
 
-    async def _take_stream(self, hop: Hop, deadline: float) -> PeerStream:
+    async def _take_stream(self, hop: Hop, deadline: float) -> PeerStream[Hop]:
         """A stream for this hop that nobody uses: one from before, or a new one."""
         idle = self._idle[hop.peer_id, hop.span]
         while idle:
@@ -416,7 +416,7 @@ class RemoteBlocks:
             deadline,
         )
 
-    def _give_back(self, stream: PeerStream) -> None:
+    def _give_back(self, stream: PeerStream[Hop]) -> None:
         self._max_tokens[stream.peer_id] = stream.opened.microbatches_opened.max_tokens
         self._idle[stream.peer_id, stream.hop.span].append(stream)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -14,16 +15,27 @@ from swarm.errors import BadReply, BadRequest, Busy, PeerFailed
 from swarm.messages import NODE_PROTOCOL, decode_message, encode_message, error_of, versions_meet
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host
-from swarm.routing import Hop
 from swarm.tensors import Buffer
 
 _BUSY_PAUSES_S = (0.05, 0.1, 0.2, 0.4)
 
 
-class PeerStream:
+class Reachable(Protocol):
+    """Who a stream leads to."""
+
+    @property
+    def peer_id(self) -> str: ...
+    @property
+    def addresses(self) -> tuple[str, ...]: ...
+
+
+HopT = TypeVar("HopT", bound=Reachable)
+
+
+class PeerStream(Generic[HopT]):
     """A stream that a peer has opened for one hop."""
 
-    def __init__(self, hop: Hop, stream: FramedStream, opened: node_pb2.Reply, config: ClientConfig) -> None:
+    def __init__(self, hop: HopT, stream: FramedStream, opened: node_pb2.Reply, config: ClientConfig) -> None:
         self.hop = hop
         self.opened = opened
         """The peer's answer to the opening."""
@@ -44,14 +56,14 @@ class PeerStream:
 
     @classmethod
     async def open(
-        cls, host: Host, hop: Hop, request: node_pb2.Request, answer: str, config: ClientConfig, deadline: float
-    ) -> PeerStream:
+        cls, host: Host, hop: HopT, request: node_pb2.Request, answer: str, config: ClientConfig, deadline: float
+    ) -> PeerStream[HopT]:
         """Connect, open a stream and send the opening request, which must be answered by the kind of reply called `answer`.
 
         Raises PeerFailed, BadReply, Busy or BadRequest.
         """
         timeout_s = min(max(deadline - time.monotonic(), 0.1), 5.0)
-        stream = await host.open_stream(hop.peer_id, NODE_PROTOCOL, timeout_s, hop.record.addresses)
+        stream = await host.open_stream(hop.peer_id, NODE_PROTOCOL, timeout_s, hop.addresses)
         try:
             async with asyncio.timeout(timeout_s):
                 await stream.send(encode_message(request))

@@ -21,6 +21,7 @@ from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.timed_storage import ValueWithExpiration
 
 from swarm.identity import Identity
+from swarm.member_record import sign_member
 from swarm.p2p import directory as directory_module
 from swarm.p2p.directory import MAX_RECORDS_PER_KEY, Directory, RecordValidator, _BoundedStorage
 from swarm.p2p.host import Host, HostConfig, running_host
@@ -32,11 +33,14 @@ from swarm.records import (
     name_key,
     sign_record,
 )
+from swarm.run_id import SPEC_SUBKEY, run_key, run_member_key
+from swarm.run_spec import certified_run_id, sign_spec
 from swarm.span import Span
 from tests.support.models import NUM_BLOCKS, save_tiny
 from tests.support.probes import ProgramRuns
 from tests.support.processes import LocalSwarm, Process, local_swarm
 from tests.support.records import make_record
+from tests.support.runs import make_member, make_spec
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -192,6 +196,56 @@ async def test_unsigned_and_forged_records_are_refused_by_every_honest_member(
         owner.peer_id,
         *(record.peer_id for record in real if record.span.has(0)),
     }
+
+
+async def test_members_and_rules_of_a_run_are_found_and_forged_ones_are_refused(
+    swarm: LocalSwarm, nodes: list[Process], host: Host, client: Directory
+) -> None:
+    owner, other = Identity.generate(), Identity.generate()
+    rules, foreign = sign_spec(make_spec(), owner), sign_spec(make_spec(name="other"), owner)
+    run_id = certified_run_id(rules)
+    assert await client.find_run(run_id) is None and await client.find_members(run_id, range(3)) == []
+    assert await client.publish_run(rules, lifetime_s=60)
+    assert await client.publish_run(rules, lifetime_s=30), "somebody else's copy lives longer"
+    members = [make_member(host.peer_id, run_id=run_id, stage=stage) for stage in (0, 2)]
+    for member in members:
+        assert await client.publish_member(member)
+
+    soon = round(time.time() + 100, 3)
+    theirs = make_member(other.peer_id, run_id=run_id, stage=0, expires_at=soon)
+    elsewhere = make_member(other.peer_id, run_id=run_id, stage=1, expires_at=soon)
+    signed, moved = (bytes(MSGPackSerializer.dumps(sign_member(record, other))) for record in (theirs, elsewhere))
+    key, stage_key = run_key(run_id), run_member_key(run_id, 0)
+    packed_rules, packed_foreign = (bytes(MSGPackSerializer.dumps(raw)) for raw in (rules, foreign))
+    forged_rules = [
+        (SPEC_SUBKEY, packed_foreign, soon),
+        (SPEC_SUBKEY, packed_rules[:-1] + bytes([packed_rules[-1] ^ 1]), soon),
+        (SPEC_SUBKEY, packed_rules, soon + 3600),
+        (SPEC_SUBKEY, packed_rules, float("inf")),
+        (SPEC_SUBKEY, bytes(100_000), soon),
+        ("other", packed_rules, soon),
+        (other.peer_id, signed, soon),
+        (None, packed_rules, soon),
+    ]
+    forged_members = [
+        (other.peer_id, moved, soon),  # signed, but for another stage
+        (host.peer_id, signed, soon),
+        (other.peer_id, signed, soon + 1),
+        (other.peer_id, signed[:-1] + bytes([signed[-1] ^ 1]), soon),
+        (SPEC_SUBKEY, packed_rules, soon),
+        *((f"peer{number}", b"junk%d" % number, soon) for number in range(1000)),
+    ]
+    async with attacker(swarm, member=False) as node:
+        for peer_id in (swarm.bootstrap.peer_id, nodes[0].peer_id):
+            assert await force(node, peer_id, key, forged_rules) == 0
+            assert await force(node, peer_id, stage_key, forged_members) == 0
+            assert await force(node, peer_id, stage_key, [(other.peer_id, signed, soon)]) == 1, "a proper one is taken"
+    assert await client.find_run(run_id) == rules
+    assert await client.find_run(certified_run_id(foreign)) is None
+    found = await client.find_members(run_id, range(3))
+    assert sorted(found, key=lambda m: (m.stage, m.peer_id)) == sorted(
+        [*members, theirs], key=lambda m: (m.stage, m.peer_id)
+    )
 
 
 async def test_a_signed_record_in_the_cache_of_the_members_does_not_hide_those_of_others(

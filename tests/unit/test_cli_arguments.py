@@ -55,6 +55,8 @@ def test_help_is_there_at_once(module: str, arguments: list[str]) -> None:
     [
         ("swarm", ["--help"]),
         ("swarm", ["generate", "--nonsense"]),
+        ("swarm", ["run", "create", "--help"]),
+        ("swarm", ["run", "show", "tiny"]),
         ("node", ["run", "--help"]),
         ("node", [*NODE, "--blocks", "3"]),
         ("bootstrap", ["--help"]),
@@ -91,6 +93,13 @@ BAD_ARGUMENTS: dict[str, tuple[str, list[str], str]] = {
     ),
     "port too high": ("swarm", ["status", "--initial-peers", PEER.replace("31337", "99999")], "is not a multiaddr"),
     "address too high": ("swarm", ["status", "--initial-peers", PEER.replace("127.0", "300.0")], "is not a multiaddr"),
+    "run id": ("swarm", ["run", "show", "tiny"], "'tiny' is not a run id: give the 64 hexadecimal digits"),
+    "no run file": (
+        "swarm",
+        ["run", "create", "/nowhere.toml", "--initial-peers", PEER],
+        "'/nowhere.toml' does not exist",
+    ),
+    "run without a swarm": ("swarm", ["run", "publish", "ab" * 32], "Missing option '--initial-peers'"),
     "no model": ("node", ["run"], "Missing option '--model'"),
     "blocks reversed": ("node", [*NODE, "--blocks", "5:2"], "need 0 <= start < end, got 5:2"),
     "blocks empty": ("node", [*NODE, "--blocks", "2:2"], "need 0 <= start < end, got 2:2"),

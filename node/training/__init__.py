@@ -1,0 +1,1 @@
+"""A node's part in a training run: its stage."""

@@ -1,0 +1,147 @@
+"""TrainingNode: the life of a node that hosts a stage of a training run, top to bottom."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from node.config import NodeConfig
+from node.executor import Executor
+from node.runtime import host_config_of
+from node.throughput import measure_throughput
+from node.training.placement import choose_stage
+from node.training.service import StageLimits, StageService
+from node.training.stage import TrainableStage
+from swarm.epoch import member as m
+from swarm.epoch.messages import Commit, Place
+from swarm.errors import UserError
+from swarm.messages import NODE_PROTOCOL
+from swarm.p2p.directory import Directory
+from swarm.p2p.host import Host, running_host
+from swarm.run_store import RunStore
+from swarm.signals import Signals
+from swarm.training.find_run import find_run
+from swarm.training.initial import open_initial_weights
+from swarm.training.membership import Membership
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class TrainingNode:
+    """One node process in a run."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        assert config.run_id is not None
+        self.config, self.run_id = config, config.run_id
+        self._executor = Executor(config.max_waiting_jobs)
+
+    async def run(self) -> None:
+        """Join, take a stage, train until SIGTERM or SIGINT, leave. Raises SwarmError with a line for the user."""
+        config = self.config
+        started = time.monotonic()
+        async with contextlib.AsyncExitStack() as stack:
+            signals = Signals(stack)
+            stack.callback(self._executor.close)
+            host = await stack.enter_async_context(running_host(host_config_of(config)))
+            directory = await Directory.join(
+                host, list(config.initial_peers), serves=not config.use_relay, timeout_s=config.join_timeout_s
+            )
+            stack.push_async_callback(directory.close)
+            store = await find_run(directory, self.run_id, config.cache_dir)
+            stage_number = await self._choose(directory, store)
+            stage, tokens_per_s = await self._executor.run(lambda: self._load(store, stage_number))
+            membership = Membership(
+                host, directory, store, stage_number, stage.parameters, _StageWork(self._executor),
+                is_reachable=not config.use_relay, config=config.membership,
+            )  # fmt: skip
+            membership.tokens_per_s = tokens_per_s
+            service = StageService(stage, membership, self._executor, self._limits())
+            membership.on_commit.append(lambda commit: service.forget_graphs())
+            await host.serve(NODE_PROTOCOL, service.handle)
+            await stack.enter_async_context(membership.running())
+            gc.collect()
+            gc.freeze()
+            self._print_ready(await host.addresses(), stage_number, stage, host, time.monotonic() - started)
+            await self._train_until(signals.stop, host)
+            log.info("leaving")
+
+    async def _choose(self, directory: Directory, store: RunStore) -> int:
+        """The stage with the least throughput, unless the user named blocks."""
+        stages = store.spec.stages
+        if self.config.blocks is not None:
+            if self.config.blocks not in stages:
+                raise UserError(
+                    f"--blocks {self.config.blocks} is no stage of this run; its stages are {', '.join(map(str, stages))}"
+                )
+            return stages.index(self.config.blocks)
+        members = await directory.find_members(self.run_id, range(len(stages)))
+        return choose_stage(members, len(stages))
+
+    def _load(self, store: RunStore, number: int) -> tuple[TrainableStage, float]:
+        """The stage, and about how many tokens per second it trains: a backward takes twice a forward's time."""
+        log.info("loading run=%s stage=%d", self.run_id.hex()[:8], number)
+        stage = TrainableStage(open_initial_weights(store.spec), store.spec, number, self.config.device)
+        return stage, measure_throughput(stage.model, self.config.threads).prefill_tokens_per_s / 3
+
+    def _limits(self) -> StageLimits:
+        config = self.config
+        return StageLimits(
+            stash_bytes=config.stash_bytes,
+            stash_expiry_s=config.stash_expiry_s,
+            max_tokens=config.max_microbatch_tokens,
+            idle_s=config.session_idle_s,
+        )
+
+    async def _train_until(self, stop: asyncio.Event, host: Host) -> None:
+        stopped, died = asyncio.create_task(stop.wait()), asyncio.create_task(host.wait_until_dead())
+        try:
+            await asyncio.wait([stopped, died], return_when=asyncio.FIRST_COMPLETED)
+            if died.done():
+                raise UserError("the network daemon (p2pd) of this node died; start the node again")
+        finally:
+            for task in (stopped, died):
+                task.cancel()
+            await asyncio.wait([stopped, died])
+
+    def _print_ready(
+        self, addresses: list[str], number: int, stage: TrainableStage, host: Host, ready_s: float
+    ) -> None:
+        ready = {
+            "peer_id": host.peer_id,
+            "addresses": addresses,
+            "run": self.run_id.hex(),
+            "stage": number,
+            "span": str(stage.span),
+            "num_parameters": stage.parameters.size,
+            "ready_s": round(ready_s, 2),
+            "pid": os.getpid(),
+        }
+        print("READY " + json.dumps(ready), flush=True)
+
+
+class _StageWork:
+    """A node's Work: the stage is served by StageService, so only the device is needed here."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+
+    async def on_device(self, function: Callable[[], T]) -> T:
+        return await self._executor.run(function)
+
+    def run(self, order: m.Run, place: Place) -> None:
+        raise AssertionError("a node is never given a lease")
+
+    def stop_running(self, is_epoch_over: bool) -> None: ...
+
+    def take_gradients(self, unit: int) -> None: ...
+
+    def stepped(self, commit: Commit) -> None: ...

@@ -1,0 +1,216 @@
+"""StageService: answers the streams of trainers, for a node that hosts a stage of a training run.
+
+Forward and backward as for anybody, and besides, once for each leased microbatch, the gradient w.r.t. the weights into the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from node.executor import Executor
+from node.job_queue import JobKind
+from node.stash import Stash, StashEntry
+from node.training.stage import TrainableStage
+from protos import node_pb2
+from swarm.epoch.ledger import Added, AddTag
+from swarm.epoch.messages import Place, Term
+from swarm.errors import BadRequest, SwarmError
+from swarm.messages import (
+    MAX_HEADER_BYTES,
+    Refused,
+    decode_message,
+    encode_message,
+    own_version,
+    refusal_of,
+    versions_meet,
+)
+from swarm.p2p.framing import FramedStream
+from swarm.tensors import FLOATING, Buffer, TensorLimits, wire_format_of
+from swarm.training.membership import Membership
+from swarm.training.parameters import are_finite
+
+log = logging.getLogger(__name__)
+
+MAX_STREAMS_PER_PEER = 32
+MAX_REFUSALS_PER_STREAM = 64
+_OPEN_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class StageLimits:
+    """What a stage grants."""
+
+    stash_bytes: int
+    stash_expiry_s: float
+    max_tokens: int
+    """Rows x tokens of one microbatch."""
+    idle_s: float
+
+
+class StageService:
+    """Handles streams of the protocol "shardswarm/node" that open a stage."""
+
+    def __init__(self, stage: TrainableStage, membership: Membership, executor: Executor, limits: StageLimits) -> None:
+        self.stash = Stash(limits.stash_bytes, limits.stash_expiry_s)
+        self.num_forwards = 0
+        self.num_backwards = 0
+        self.num_added = 0
+        self._stage, self._membership, self._executor, self._limits = stage, membership, executor, limits
+        self._streams: Counter[str] = Counter()
+
+    async def handle(self, stream: FramedStream) -> None:
+        """Serve one stream until the peer ends it, it breaks, it is silent or says too much nonsense."""
+        is_open, refusals = False, 0
+        self._streams[stream.peer_id] += 1
+        try:
+            while refusals < MAX_REFUSALS_PER_STREAM:
+                try:
+                    async with asyncio.timeout(self._limits.idle_s if is_open else _OPEN_TIMEOUT_S):
+                        message = await stream.receive()
+                except TimeoutError:
+                    await stream.fail("nothing was heard for too long")
+                    return
+                if message is None:
+                    return
+                try:
+                    request, tensors = decode_message(message, node_pb2.Request)
+                    kind = request.WhichOneof("kind")
+                    if kind == "open_stage":
+                        answer, is_open = self._open(request.open_stage, stream), True
+                    elif not is_open:
+                        raise Refused(
+                            node_pb2.THE_BLOCKS_ARE_NOT_SERVED_HERE,
+                            "this node trains a stage of a run and serves no other",
+                        )
+                    elif kind == "stage_forward":
+                        answer = await self._forward(stream.peer_id, request, tensors)
+                    elif kind == "stage_backward":
+                        answer = await self._backward(stream.peer_id, request, tensors)
+                    else:
+                        raise BadRequest("this stream was opened for a stage")
+                except SwarmError as error:
+                    refusals += 1
+                    log.info("request refused peer=%s reason=%s", stream.peer_id[-8:], error)
+                    answer = encode_message(refusal_of(error))
+                async with asyncio.timeout(self._limits.idle_s):
+                    await stream.send(answer)
+            await stream.fail("too many refused requests on one stream")
+        finally:
+            self._streams[stream.peer_id] -= 1
+            if not self._streams[stream.peer_id]:
+                del self._streams[stream.peer_id]
+                self.stash.drop_peer(stream.peer_id)
+
+    def forget_graphs(self) -> None:
+        """The weights have changed: no graph of before may be used."""
+        for peer in list(self._streams):
+            self.stash.drop_peer(peer)
+
+    def _open(self, request: node_pb2.OpenStage, stream: FramedStream) -> list[Buffer]:
+        membership = self._membership
+        if not versions_meet(request.version):
+            raise Refused(node_pb2.THE_VERSIONS_DO_NOT_MEET, "one of the two must be upgraded")
+        if request.run_id != membership.run_id or request.stage != membership.stage:
+            raise Refused(
+                node_pb2.THE_RUN_IS_ANOTHER,
+                f"this node holds stage {membership.stage} of run {membership.run_id.hex()[:8]}",
+            )
+        if self._streams[stream.peer_id] > MAX_STREAMS_PER_PEER:
+            raise Refused(
+                node_pb2.THIS_NODE_HAS_NO_ROOM, f"{MAX_STREAMS_PER_PEER} streams of yours are open; close some"
+            )
+        # A message holds the input again beside the gradient, both float32 at worst.
+        stream.accept_messages_of(self._limits.max_tokens * 8 * self._stage.hidden_size + MAX_HEADER_BYTES)
+        opened = node_pb2.StageOpened(version=own_version(), max_tokens=self._limits.max_tokens)
+        return encode_message(node_pb2.Reply(stage_opened=opened))
+
+    async def _forward(self, peer: str, message: node_pb2.Request, tensors: list[Tensor]) -> list[Buffer]:
+        request = message.stage_forward
+        place = Place(request.epoch, request.lineage)
+        self._check_place(place)
+        hidden, samples = self._checked_input(request, tensors)
+
+        def compute() -> tuple[StashEntry | None, Tensor]:
+            self._check_place(place)
+            if not request.wants_gradients:
+                return None, self._stage.forward(hidden)
+            entry = self._stage.differentiable(hidden, samples)
+            return entry, entry.output.detach()
+
+        entry, output = await self._executor.run(compute, JobKind.FORWARD)
+        self.num_forwards += 1
+        if entry is not None and self._membership.weights_at[0] == place:
+            self.stash.put(peer, _stash_key(request.lineage, request.unit), entry, time.monotonic())
+        reply = node_pb2.Reply(stage_forward=node_pb2.StageForwardDone(unit=request.unit))
+        return encode_message(reply, [output], wire_format_of(message.tensors[0]))
+
+    async def _backward(self, peer: str, message: node_pb2.Request, tensors: list[Tensor]) -> list[Buffer]:
+        request = message.stage_backward
+        tag = AddTag(
+            Place(request.epoch, request.lineage),
+            Term(request.term_number, request.term_peer),
+            request.ledger_id,
+            request.unit,
+        )
+        self._check_place(tag.place)
+        if not tensors:
+            raise BadRequest("a backward needs a gradient")
+        entry = self.stash.take(peer, _stash_key(request.lineage, request.unit), time.monotonic())
+        if entry is None and not request.HasField("again"):
+            raise Refused(
+                node_pb2.THE_MICROBATCH_IS_UNKNOWN, "nothing is kept of this microbatch; send its input again"
+            )
+        ledger, gradient_sum = self._membership.ledger, self._membership.gradient
+
+        def compute() -> tuple[Tensor, Added, bool]:
+            self._check_place(tag.place)
+            kept = entry or self._stage.differentiable(*self._checked_input(request.again, tensors[1:]))
+            gradient = TensorLimits(FLOATING, tuple(kept.output.shape), "gradient").check(tensors[0])
+            if ledger.accepts(tag) is Added.OUTDATED:
+                raise _outdated("this node obeys another leader or keeps another ledger by now")
+            of_input, of_weights = self._stage.backward(kept, gradient)
+            if not are_finite([of_input, *of_weights]):
+                return of_input.nan_to_num(), Added.OUTDATED, False
+            added = ledger.add(tag, lambda: gradient_sum.add(of_weights))
+            if added is Added.OUTDATED:
+                raise _outdated("the ledger was closed while the microbatch ran")
+            return of_input, added, True
+
+        result, added, is_finite = await self._executor.run(compute, JobKind.BACKWARD)
+        self.num_backwards += 1
+        self.num_added += added is Added.NOW
+        done = node_pb2.StageBackwardDone(unit=request.unit, was_in_ledger=added is Added.BEFORE, is_finite=is_finite)
+        return encode_message(node_pb2.Reply(stage_backward=done), [result], wire_format_of(message.tensors[0]))
+
+    def _check_place(self, place: Place) -> None:
+        own = self._membership.weights_at[0]
+        if place != own:
+            history = "" if place.epoch != own.epoch else " of another history"
+            raise _outdated(f"the weights here are at epoch {own.epoch}, asked for is {place.epoch}{history}")
+
+    def _checked_input(self, request: node_pb2.StageForward, tensors: list[Tensor]) -> tuple[Tensor, range]:
+        if len(tensors) != 1:
+            raise BadRequest(f"a microbatch has one tensor of hidden states, got {len(tensors)}")
+        hidden = TensorLimits(FLOATING, (None, None, self._stage.hidden_size), "hidden states").check(tensors[0])
+        rows, num_tokens = hidden.shape[:2]
+        if not 0 < rows * num_tokens <= self._limits.max_tokens:
+            raise Refused(
+                node_pb2.THE_MICROBATCH_IS_TOO_LARGE,
+                f"{rows} rows x {num_tokens} tokens: this node takes 1 to {self._limits.max_tokens} tokens at once",
+            )
+        return hidden, range(request.first_sample, request.first_sample + rows)
+
+
+def _outdated(reason: str) -> Refused:
+    return Refused(node_pb2.THE_EPOCH_IS_ANOTHER, reason)
+
+
+def _stash_key(lineage: bytes, unit: int) -> bytes:
+    return hashlib.sha256(lineage + unit.to_bytes(8, "big")).digest()[:16]

@@ -1,0 +1,76 @@
+"""The rules of runs and the DHT, for `swarm run`: publish them, fetch them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from swarm.client.config import ClientConfig
+from swarm.client.connect import open_directory
+from swarm.errors import RouteBroken, UserError
+from swarm.p2p.directory import Directory
+from swarm.records import MAX_LIFETIME_S
+from swarm.run_store import RunStore
+from swarm.training.find_run import find_run
+
+Answer = TypeVar("Answer")
+
+
+def publish_run(store: RunStore, initial_peers: Sequence[str], timeout_s: float) -> None:
+    """Put the rules of a run into the DHT, for five minutes. Raises JoinFailed, or another UserError, in time."""
+
+    async def publish(directory: Directory) -> bool:
+        return await directory.publish_run(store.raw, lifetime_s=MAX_LIFETIME_S)
+
+    try:
+        taken = _in_directory(initial_peers, timeout_s, publish)
+    except UserError as error:
+        raise UserError(f"run {store.run_id.hex()} is kept here but was not published: {error}") from error
+    if not taken:
+        raise UserError(
+            f"no peer took the rules of run {store.run_id.hex()}: check that they run the same software and that this machine's clock is right"
+        )
+
+
+def fetch_run(run_id: bytes, initial_peers: Sequence[str], timeout_s: float, cache_dir: Path | None) -> RunStore:
+    """The run from the DHT; it is kept. Raises UserError if nobody knows it, or JoinFailed, in time."""
+    if not initial_peers:
+        raise UserError(
+            f"run {run_id.hex()} is not kept on this machine: give --initial-peers to look for it in the swarm"
+        )
+    return _in_directory(
+        initial_peers, timeout_s, lambda directory: find_run(directory, run_id, cache_dir, patience_s=0.0)
+    )
+
+
+def _in_directory(
+    initial_peers: Sequence[str], timeout_s: float, ask: Callable[[Directory], Awaitable[Answer]]
+) -> Answer:
+    config = ClientConfig(model="any", initial_peers=tuple(initial_peers), join_timeout_s=timeout_s)
+
+    async def run() -> Answer:
+        async with open_directory(config) as (_, directory):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await ask(directory)
+            except TimeoutError:
+                raise RouteBroken(
+                    f"the directory did not answer within {timeout_s:.0f} s; try another initial peer"
+                ) from None
+
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run())
+
+
+def next_commands(store: RunStore, initial_peer: str) -> str:
+    """What to type now, on this machine and on others."""
+    run_id = store.run_id.hex()
+    return (
+        f"Hold a stage:  swarm-node run --run {run_id} --initial-peers {initial_peer}\n"
+        f"Train:         swarm train {run_id} --initial-peers {initial_peer}\n"
+        f"Its rules:     swarm run show {run_id} --initial-peers {initial_peer}"
+    )

@@ -1,0 +1,280 @@
+"""Trainer: feeds leased microbatches through the stages of a run, and holds a replica of the ends.
+
+run_trainer(TrainerConfig(run_id=..., initial_peers=...))      what `swarm train` does
+async with open_trainer(config) as trainer: await trainer.done.wait()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from swarm.client.config import ClientConfig
+from swarm.client.stage_hop import StageHops, StageTask
+from swarm.client.trainer_config import TrainerConfig
+from swarm.client.training_ends import TrainableEnds, sum_gradients
+from swarm.epoch import member as m
+from swarm.epoch.messages import Commit, Place, UnitResult
+from swarm.errors import Outdated, SwarmError, UserError
+from swarm.p2p.directory import Directory
+from swarm.p2p.host import Host, HostConfig, running_host
+from swarm.run_spec import DataKind, DataSpec, Precision
+from swarm.run_store import RunStore
+from swarm.tensors import WireFormat
+from swarm.training.artifacts import fetch_artifacts
+from swarm.training.data import Batch, OwnSource, SampleSource
+from swarm.training.find_run import find_run
+from swarm.training.initial import open_initial_weights
+from swarm.training.manifest import Manifest
+from swarm.training.membership import Membership, samples_of
+from swarm.training.tokenizer_pool import TokenizerPool
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Samples(Protocol):
+    """Where batches come from."""
+
+    def batch(self, first: int, count: int) -> Batch: ...
+
+
+@dataclass(slots=True)
+class TrainerCounters:
+    """For people and benchmarks."""
+
+    num_microbatches: int = 0
+    num_failed: int = 0
+    num_tokens: int = 0
+
+
+class Trainer:
+    """A running trainer."""
+
+    def __init__(
+        self,
+        host: Host,
+        directory: Directory,
+        store: RunStore,
+        ends: TrainableEnds,
+        sources: _Sources,
+        config: TrainerConfig,
+    ) -> None:
+        self.store, self.spec, self.ends, self.config = store, store.spec, ends, config
+        self.counters = TrainerCounters()
+        self.done = asyncio.Event()
+        """The run has come to its end, or something failed for good (`failure`)."""
+        self.failure: SwarmError | None = None
+        self._sources = sources
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._units: dict[int, asyncio.Task[None]] = {}
+        self._kept: dict[int, list[Tensor | None]] = {}
+        self.membership = Membership(
+            host, directory, store, store.spec.ends_stage, ends.parameters, self,
+            capacity=config.max_in_flight, config=config.membership,
+        )  # fmt: skip
+        is_bf16 = store.spec.precision is Precision.BF16
+        client = ClientConfig(
+            model="run", initial_peers=config.initial_peers, microbatch_timeout_s=config.microbatch_timeout_s
+        )
+        self.hops = StageHops(host, store.run_id, client, WireFormat.BF16 if is_bf16 else WireFormat.FP32)
+
+    # Work, as Membership asks for it.
+
+    async def on_device(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._device, function)
+
+    def run(self, order: m.Run, place: Place) -> None:
+        earlier = self._units.pop(order.unit, None)
+        if earlier is not None:
+            earlier.cancel()
+        self._kept.pop(order.unit, None)
+        self._units[order.unit] = asyncio.create_task(self._run_unit(order, place))
+
+    def stop_running(self, is_epoch_over: bool) -> None:
+        for task in self._units.values():
+            task.cancel()
+        self._units.clear()
+        if is_epoch_over:
+            self._kept.clear()
+
+    def take_gradients(self, unit: int) -> list[Tensor | None] | None:
+        return self._kept.pop(unit, None)
+
+    def stepped(self, commit: Commit) -> None:
+        if commit.epoch + 1 >= self.spec.num_epochs:
+            self.done.set()
+
+    # Microbatches.
+
+    async def _run_unit(self, order: m.Run, place: Place) -> None:
+        culprit, reason = "", ""
+        try:
+            result = await self._through_all(order, place)
+        except Outdated as error:
+            reason = str(error)
+        except _Failed as failed:
+            culprit, reason = failed.peer, str(failed)
+        except UserError as error:  # our data, our disk: nobody else can help
+            self.failure = error
+            self.done.set()
+            culprit, reason = self.membership.host.peer_id, str(error)
+        else:
+            self.counters.num_microbatches += 1
+            self.counters.num_tokens += result.num_loss_tokens
+            ledgers = tuple(owner.ledger_id for owner in order.owners)
+            self.membership.feed(m.Ran(order.unit, order.serial, ledgers, result))
+            return
+        self.counters.num_failed += 1
+        log.info("microbatch failed unit=%d culprit=%s reason=%s", order.unit, culprit[-8:] or "-", reason)
+        await asyncio.sleep(0.02)
+        self.membership.feed(m.DidNotRun(order.unit, order.serial, culprit, reason[:200]))
+
+    async def _through_all(self, order: m.Run, place: Place) -> UnitResult:
+        """Forward through all stages, the loss, and backward. The gradient of the ends is kept until its AddEnds."""
+        samples = samples_of(self.spec, place.epoch, order.unit)
+        is_eval = order.unit >= self.membership.member.rules.num_units
+        source = self._sources.held_out if is_eval else self._sources.training
+        assert source is not None
+        batch = await asyncio.to_thread(source.batch, samples.start, len(samples))
+        embedded = await self.on_device(lambda: self.ends.embed(batch.input_ids))
+        inputs = [embedded.detach()]
+        tasks = [
+            StageTask(place, order.term, order.unit, stage, owner, samples.start)
+            for stage, owner in enumerate(order.owners)
+        ]
+        for task in tasks:
+            addresses = self.membership.addresses_of(task.owner.peer)
+            with _blaming(task):
+                inputs.append(await self.hops.forward(task, addresses, inputs[-1], wants_gradients=not is_eval))
+        if is_eval:
+            loss_sum, num_tokens = await self.on_device(lambda: self.ends.evaluate(inputs[-1], batch.labels))
+            return UnitResult(order.unit, num_tokens, loss_sum)
+        head = await self.on_device(lambda: self.ends.loss(inputs[-1], batch.labels))
+        not_finite = UnitResult(order.unit, head.num_tokens, math.nan)
+        gradient = head.hidden_gradient
+        if not (math.isfinite(head.loss_sum) and bool(torch.isfinite(gradient).all())):
+            return not_finite
+        for task in reversed(tasks):
+            addresses = self.membership.addresses_of(task.owner.peer)
+            with _blaming(task):
+                gradient, is_finite = await self.hops.backward(task, addresses, gradient, inputs[task.stage])
+            if not is_finite:
+                return not_finite
+        of_embedding = await self.on_device(lambda: self.ends.embed_backward(embedded, gradient))
+        self._kept[order.unit] = sum_gradients(head.gradients, of_embedding)
+        return UnitResult(order.unit, head.num_tokens, head.loss_sum)
+
+    async def aclose(self) -> None:
+        self.stop_running(is_epoch_over=True)
+        await self.hops.aclose()
+        self._device.shutdown()
+
+
+class _Failed(Exception):
+    """A microbatch failed at a peer."""
+
+    def __init__(self, peer: str, reason: str) -> None:
+        super().__init__(reason)
+        self.peer = peer
+
+
+@contextlib.contextmanager
+def _blaming(task: StageTask):  # type: ignore[no-untyped-def]
+    """Whatever goes wrong at a stage is its owner's, unless it is only in another epoch by now."""
+    try:
+        yield
+    except Outdated:
+        raise
+    except SwarmError as error:
+        raise _Failed(task.owner.peer, str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    training: Samples
+    held_out: Samples | None
+
+
+def open_sources(store: RunStore, config: TrainerConfig, pool: TokenizerPool | None) -> _Sources:
+    """The run's data, or the trainer's own. Raises UserError if it is not where it should be, or not what it should be."""
+    spec = store.spec
+    tokenizer = store.tokenizer()
+    held_out = None
+    if spec.held_out is not None and spec.eval_every:
+        folder = _data_folder(spec.held_out, config.held_out, "--held-out")
+        manifest = Manifest.from_bytes(store.held_out_manifest(), spec.held_out.manifest_digest)
+        held_out = SampleSource(spec.held_out, manifest, folder, tokenizer, spec.sequence_length, spec.seed, pool=pool)
+    if spec.data.kind is DataKind.OWN:
+        if config.data is None:
+            raise UserError("in this run every trainer brings its own text: give --data FILE-OR-FOLDER")
+        own = OwnSource(
+            config.data, tokenizer, spec.sequence_length, spec.seed, text_field=spec.data.text_field, pool=pool
+        )
+        return _Sources(own, held_out)
+    folder = _data_folder(spec.data, config.data, "--data")
+    manifest = Manifest.from_bytes(store.manifest(), spec.data.manifest_digest)
+    return _Sources(
+        SampleSource(spec.data, manifest, folder, tokenizer, spec.sequence_length, spec.seed, pool=pool), held_out
+    )
+
+
+def _data_folder(data: DataSpec, given: Path | None, flag: str) -> Path:
+    folder = given or Path(data.source)
+    missing = [name for name in data.files if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} has no {missing[0]}, which the run's data consists of: say where it is with {flag} FOLDER"
+        )
+    return folder
+
+
+@contextlib.asynccontextmanager
+async def open_trainer(config: TrainerConfig, pool: TokenizerPool | None = None) -> AsyncIterator[Trainer]:
+    """Join the swarm and the run, and train while the body runs. Raises SwarmError with a line for the user.
+
+    pool: processes that tokenise, started before this.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        host = await stack.enter_async_context(
+            running_host(HostConfig(listen=config.listen, announce=config.announce, identity_path=config.identity))
+        )
+        directory = await Directory.join(host, list(config.initial_peers), serves=True, timeout_s=config.join_timeout_s)
+        stack.push_async_callback(directory.close)
+        store = await find_run(directory, config.run_id, config.cache_dir)
+        await fetch_artifacts(host, directory, store)
+
+        def load() -> tuple[TrainableEnds, _Sources]:
+            if config.threads is not None:
+                torch.set_num_threads(config.threads)
+            return TrainableEnds(open_initial_weights(store.spec), store.spec), open_sources(store, config, pool)
+
+        ends, sources = await asyncio.to_thread(load)
+        trainer = Trainer(host, directory, store, ends, sources, config)
+        stack.push_async_callback(trainer.aclose)
+        await stack.enter_async_context(trainer.membership.running())
+        yield trainer
+        if trainer.done.is_set() and trainer.failure is None:
+            await _linger(trainer)
+
+
+async def _linger(trainer: Trainer) -> None:
+    """At the end of a run: stay until the others have heard of the last step, for a few seconds at most."""
+    deadline = time.monotonic() + trainer.config.linger_s
+    while time.monotonic() < deadline:
+        records = await trainer.membership.directory.find_members(trainer.store.run_id, range(trainer.spec.num_stages))
+        if all(record.epoch >= trainer.spec.num_epochs for record in records):
+            return
+        await asyncio.sleep(0.5)

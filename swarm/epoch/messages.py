@@ -1,0 +1,326 @@
+"""What the members of a run say to each other. All are values; protos/training.proto carries them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+LINEAGE_BYTES = 32
+
+
+class Term(NamedTuple):
+    """Who leads an epoch: a later number beats an earlier one, and no two leaders have the same term."""
+
+    number: int
+    peer: str
+
+
+NO_TERM = Term(0, "")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """Where in which history: the number of optimizer steps taken, and the hash that names all of them."""
+
+    epoch: int
+    lineage: bytes
+
+    def is_behind(self, other: Place) -> bool:
+        """Whether who is here has to go there when the two meet: the longer history wins, and of equals the smaller hash."""
+        return (self.epoch, other.lineage) < (other.epoch, self.lineage)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the machine has to know of a RunSpec, and of an epoch's evaluation."""
+
+    num_stages: int
+    """With the ends, which are the last one."""
+    num_units: int
+    """Microbatches of an epoch."""
+    num_eval_units: int = 0
+    """Microbatches of held-out data in epochs that evaluate."""
+    eval_every: int = 0
+    min_replicas: int = 1
+    """The first epoch waits until every stage, and the ends, have so many."""
+    num_epochs: int = 2**48
+    """Where the run ends."""
+
+    @property
+    def ends_stage(self) -> int:
+        return self.num_stages - 1
+
+    def units_of(self, epoch: int) -> range:
+        """Numbers of the epoch's microbatches; those from num_units on are held-out data."""
+        is_due = self.eval_every > 0 and epoch % self.eval_every == 0
+        return range(self.num_units + (self.num_eval_units if is_due else 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The ledger that a stage's gradient of a microbatch belongs into, and who keeps it."""
+
+    peer: str
+    ledger_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnitResult:
+    """What a trainer found for one microbatch."""
+
+    unit: int
+    num_loss_tokens: int
+    loss_sum: float
+
+    @property
+    def is_sound(self) -> bool:
+        return self.num_loss_tokens >= 0 and math.isfinite(self.loss_sum)
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """The outcome of an epoch: everybody who holds the average that it names steps."""
+
+    epoch: int
+    parent: bytes
+    term: Term
+    attempt: int
+    num_loss_tokens: int
+    norm: float
+    """Global L2 norm of the mean gradient; 0 if skipped."""
+    is_skipped: bool
+    """The gradient was not finite: the epoch passes without a step."""
+    digests: tuple[bytes, ...]
+    """Of the summed gradient of each stage; empty if skipped."""
+    members: tuple[tuple[str, int], ...]
+    """Peer and stage of everybody who takes part in the next epoch, sorted."""
+    loss_sum: float
+    eval_loss_sum: float = 0.0
+    num_eval_tokens: int = 0
+    signature: bytes = field(default=b"", compare=False)
+    """Of the leader, over the lineage."""
+
+    @property
+    def lineage(self) -> bytes:
+        """Names the history that ends with this step. SHA-256 over the parent and everything that was decided."""
+        hasher = hashlib.sha256(b"shardswarm commit 1\0")
+        fixed = struct.pack(
+            "!QQQdddQQ?",
+            self.epoch,
+            self.term.number,
+            self.attempt,
+            self.norm,
+            self.loss_sum,
+            self.eval_loss_sum,
+            self.num_loss_tokens,
+            self.num_eval_tokens,
+            self.is_skipped,
+        )
+        members = [f"{peer}={stage}".encode() for peer, stage in self.members]
+        for part in (self.parent, self.term.peer.encode(), fixed, *self.digests, b"", *members):
+            hasher.update(len(part).to_bytes(4, "big") + part)
+        return hasher.digest()
+
+    @property
+    def before(self) -> Place:
+        return Place(self.epoch, self.parent)
+
+    @property
+    def after(self) -> Place:
+        return Place(self.epoch + 1, self.lineage)
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """Of a leader to everybody: obey this term."""
+
+    place: Place
+    term: Term
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """To the leader: I am here, and this is in my ledger. The term is the one that I obey."""
+
+    place: Place
+    term: Term
+    stage: int
+    ledger_id: int
+    units: frozenset[int]
+    capacity: int = 0
+    """Microbatches that a trainer runs at once; 0 for nodes."""
+    results: tuple[UnitResult, ...] = ()
+    """Of a trainer: for every unit in its ledger."""
+    rate: int = -1
+    """Bytes per second that it can send; -1: not measured, 0: nobody can reach it, so it reduces nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Redirect:
+    """To who thinks that I lead, or that he leads: this is the term that I obey."""
+
+    place: Place
+    term: Term
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """This is where I am; one of us has to follow the other."""
+
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """To a trainer: run this microbatch through the owners, one for each stage of blocks."""
+
+    place: Place
+    term: Term
+    unit: int
+    serial: int
+    """Of the leases of this term; a repeated one is ignored."""
+    owners: tuple[Owner, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Of a trainer: the microbatch ran, and these ledgers have it. Its own gradient of the ends waits for Confirm."""
+
+    place: Place
+    term: Term
+    serial: int
+    ledgers: tuple[int, ...]
+    """One for each stage of blocks; of held-out data none."""
+    ends_ledger: int
+    result: UnitResult
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Of a trainer: the microbatch did not run. culprit: who is to blame, or nobody ("")."""
+
+    place: Place
+    term: Term
+    unit: int
+    serial: int
+    culprit: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Confirm:
+    """To a trainer: whether its gradient of the ends is the first for this microbatch, and is to be added."""
+
+    place: Place
+    term: Term
+    unit: int
+    ledger_id: int
+    is_first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Void:
+    """Your ledger is fenced: it counts for nothing. Start another one."""
+
+    place: Place
+    term: Term
+    ledger_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMember:
+    """A replica in a round."""
+
+    peer: str
+    has_gradient: bool
+    rate: int = -1
+    """As in Hello."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """To everybody: freeze your ledger, which must hold exactly these units, and sum it with the others of your group."""
+
+    place: Place
+    term: Term
+    attempt: int
+    group: tuple[GroupMember, ...]
+    """The replicas of the receiver's stage, sorted by peer id."""
+    ledger_id: int
+    units: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """That attempt is over; the ledgers are as they were."""
+
+    place: Place
+    term: Term
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """To the leader: I hold a sum with this digest and this squared norm."""
+
+    place: Place
+    term: Term
+    attempt: int
+    digest: bytes
+    square_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoundFailed:
+    """To the leader: no sum came about, because of these peers; or my ledger does not hold what was said (no culprits)."""
+
+    place: Place
+    term: Term
+    attempt: int
+    culprits: frozenset[str]
+    is_mismatch: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """To who sent a Commit: I stepped."""
+
+    place: Place
+    """After the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Excluded:
+    """To a member: this epoch goes on without you. reason: one line for people."""
+
+    place: Place
+    term: Term
+    reason: str
+
+
+Message = (
+    Lead
+    | Hello
+    | Redirect
+    | Where
+    | Lease
+    | Done
+    | Failed
+    | Confirm
+    | Void
+    | Prepare
+    | Abort
+    | Report
+    | RoundFailed
+    | Commit
+    | Committed
+    | Excluded
+)
+
+
+def rank_leaders(place: Place, peers: list[str]) -> list[str]:
+    """Everybody in the order in which they lead this epoch: rendezvous hashing (Thaler and Ravishankar, 1998)."""
+    return sorted(peers, key=lambda peer: hashlib.sha256(place.lineage + peer.encode()).digest())

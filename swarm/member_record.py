@@ -1,0 +1,119 @@
+"""MemberRecord: what a peer tells the others of a run about its replica of one stage. Signed and bound as ShardRecord is.
+
+The DHT only finds members: nothing that they count or decide is taken from here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from protos import node_pb2, record_pb2
+from swarm.identity import Identity
+from swarm.records import ShardState, problem_with_rates, problem_with_texts, seal, unseal
+from swarm.run_id import RUN_ID_BYTES, run_member_key
+
+# A run has at most 256 stages, and the ends count as one more.
+MAX_STAGE = 256
+MAX_EPOCH = 2**48
+MIN_LINEAGE_BYTES, MAX_LINEAGE_BYTES = 16, 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberRecord:
+    """One peer's part in a run: a replica of one stage, or of the ends. expires_at is Unix time in seconds, with millisecond precision."""
+
+    peer_id: str
+    run_id: bytes
+    stage: int
+    """0, 1, ...; the number of stages stands for the ends."""
+    state: ShardState
+    epoch: int
+    """Optimizer steps that its weights have had."""
+    lineage: bytes
+    """Which history of the weights it holds, 16 to 32 bytes; empty only while JOINING, before there are any."""
+    expires_at: float
+    tokens_per_s: float = 0.0
+    """Forward and backward, through the whole stage; 0: not measured."""
+    bandwidth_bytes_per_s: float = 0.0
+    """What it can send; 0: not measured."""
+    loss: float | None = None
+    """Mean per token over the last epoch that it took part in; None: nothing to tell."""
+    addresses: tuple[str, ...] = ()
+    protocol_major: int = 1
+    protocol_minor: int = 0
+    software: str = ""
+
+    def __post_init__(self) -> None:
+        problem = self._problem()
+        if problem:
+            raise ValueError(f"member record: {problem}")
+
+    def _problem(self) -> str | None:
+        if len(self.run_id) != RUN_ID_BYTES:
+            return f"a run id has {RUN_ID_BYTES} bytes, this one has {len(self.run_id)}"
+        if not 0 <= self.stage <= MAX_STAGE:
+            return f"stage {self.stage}, at most {MAX_STAGE} is allowed"
+        if not 0 <= self.epoch <= MAX_EPOCH:
+            return f"epoch {self.epoch}, at most {MAX_EPOCH} is allowed"
+        joins_without = self.state == ShardState.JOINING and not self.lineage
+        if not joins_without and not MIN_LINEAGE_BYTES <= len(self.lineage) <= MAX_LINEAGE_BYTES:
+            return f"a lineage has {MIN_LINEAGE_BYTES} to {MAX_LINEAGE_BYTES} bytes, this one has {len(self.lineage)}"
+        if self.loss is not None and not math.isfinite(self.loss):
+            return "the loss must be finite; leave it out if there is none"
+        rates = (self.tokens_per_s, self.bandwidth_bytes_per_s)
+        return problem_with_rates(rates) or problem_with_texts((self.peer_id, self.software), self.addresses)
+
+    @property
+    def subkey(self) -> str:
+        """Its subkey in the DHT, under each of its keys."""
+        return self.peer_id
+
+    def dht_keys(self) -> list[str]:
+        """The DHT key under which this record belongs."""
+        return [run_member_key(self.run_id, self.stage)]
+
+
+def sign_member(record: MemberRecord, identity: Identity) -> bytes:
+    """The signed record as bytes. ValueError if it is larger than MAX_RECORD_BYTES or of another peer."""
+    message = record_pb2.MemberRecord(
+        peer_id=record.peer_id,
+        expires_at_ms=round(record.expires_at * 1000),
+        version=node_pb2.ProtocolVersion(
+            major=record.protocol_major, minor=record.protocol_minor, software=record.software
+        ),
+        run_id=record.run_id,
+        stage=record.stage,
+        state=record_pb2.ShardState.Name(record.state),
+        epoch=record.epoch,
+        lineage=record.lineage,
+        tokens_per_s=record.tokens_per_s,
+        bandwidth_bytes_per_s=record.bandwidth_bytes_per_s,
+        loss=record.loss,
+        addresses=record.addresses,
+    )
+    return seal(message, identity, "announce fewer addresses")
+
+
+def open_member(raw: bytes) -> MemberRecord:
+    """The record in raw, its signature verified. ValueError, naming the reason, for anything else.
+
+    The caller compares expiry, subkey and key with those of the DHT entry.
+    """
+    message = unseal(raw, record_pb2.MemberRecord)
+    return MemberRecord(
+        peer_id=message.peer_id,
+        run_id=message.run_id,
+        stage=message.stage,
+        state=ShardState(message.state),
+        epoch=message.epoch,
+        lineage=message.lineage,
+        expires_at=message.expires_at_ms / 1000,
+        tokens_per_s=message.tokens_per_s,
+        bandwidth_bytes_per_s=message.bandwidth_bytes_per_s,
+        loss=message.loss if message.HasField("loss") else None,
+        addresses=tuple(message.addresses),
+        protocol_major=message.version.major,
+        protocol_minor=message.version.minor,
+        software=message.version.software,
+    )

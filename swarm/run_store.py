@@ -1,0 +1,169 @@
+"""What this machine keeps of each run: the signed rules, and the files that they name by digest.
+
+    ROOT/runs/RUN_ID/spec.bin               the signed rules, as they are in the DHT
+    ROOT/runs/RUN_ID/manifest.json          of the training data
+    ROOT/runs/RUN_ID/held_out_manifest.json
+    ROOT/runs/RUN_ID/tokenizer/             its files, under their names
+
+ROOT is the cache (swarm/cache.py). Files are written beside their place and moved there, and checked whenever they are read.
+Whoever takes part gets the rules from the DHT and the files from other peers: `missing` says which, `put` keeps them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from swarm.cache import cache_root, disk_error
+from swarm.errors import UserError
+from swarm.run_spec import RunSpec, open_spec
+from swarm.tokenizer_files import load_tokenizer
+
+SPEC_FILE = "spec.bin"
+MANIFEST_FILE = "manifest.json"
+HELD_OUT_MANIFEST_FILE = "held_out_manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
+# Of a file from a peer. The largest vocabularies have some 35 MB; a manifest has less than 100 bytes for each chunk of data.
+MAX_ARTIFACT_BYTES = 256 * 2**20
+
+
+class RunStore:
+    """One run on this disk. Made by `RunStore.save`, `RunStore.open` or `RunStore.find`."""
+
+    def __init__(self, folder: Path, run_id: bytes, raw: bytes) -> None:
+        """ValueError if raw is not the signed rules of this run."""
+        self.folder = folder
+        self.run_id = run_id
+        self.raw = raw
+        """The signed rules, for publish_run."""
+        self.spec: RunSpec
+        self.owner: str
+        self.spec, self.owner = open_spec(raw, run_id)
+        self._names = _names_of(self.spec)
+
+    @classmethod
+    def save(cls, raw: bytes, run_id: bytes, cache_dir: Path | None = None) -> RunStore:
+        """Keep the signed rules of a run, from the DHT or just made. ValueError if they are not of this run."""
+        store = cls(_folder(run_id, cache_dir), run_id, raw)
+        store._write(SPEC_FILE, raw)
+        return store
+
+    @classmethod
+    def find(cls, run_id: bytes, cache_dir: Path | None = None) -> RunStore | None:
+        """The run, if its rules are on this disk and whole."""
+        folder = _folder(run_id, cache_dir)
+        try:
+            return cls(folder, run_id, (folder / SPEC_FILE).read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    @classmethod
+    def open(cls, run_id: bytes, cache_dir: Path | None = None) -> RunStore:
+        """The run. Raises UserError if its rules are not on this disk, or damaged."""
+        store = cls.find(run_id, cache_dir)
+        if store is None:
+            raise UserError(
+                f"run {run_id.hex()} is not kept in {_folder(run_id, cache_dir)}: fetch it with `swarm run show`"
+            )
+        return store
+
+    def artifacts(self) -> dict[bytes, Path]:
+        """Where each file that the rules name by digest is, or belongs: SHA-256 of tokenizer files, 16 bytes of manifests."""
+        return {digest: self.folder / names[0] for digest, names in self._names.items()}
+
+    def missing(self) -> list[bytes]:
+        """Digests of the files that are not here, or not as the rules say."""
+        return [
+            digest for digest, names in self._names.items() if any(self._read(name, digest) is None for name in names)
+        ]
+
+    def artifact(self, digest: bytes) -> Path:
+        """Where the file of this digest is, checked. Raises UserError if it is missing or damaged, KeyError if the run has none."""
+        self.read(digest)
+        return self.folder / self._names[digest][0]
+
+    def read(self, digest: bytes) -> bytes:
+        """The content of the file of this digest, checked. Raises as `artifact`."""
+        name = self._names[digest][0]
+        content = self._read(name, digest)
+        if content is None:
+            raise UserError(
+                f"{self.folder / name} is missing or damaged: it must be fetched again from a peer that takes part in the run"
+            )
+        return content
+
+    def put(self, digest: bytes, content: bytes) -> Path:
+        """Keep a file. ValueError if it is not what the rules say, KeyError if they name no such file."""
+        names = self._names[digest]
+        if len(content) > MAX_ARTIFACT_BYTES or artifact_digest(content)[: len(digest)] != digest:
+            raise ValueError(f"these {len(content)} bytes are not the run's {names[0]}")
+        for name in names:
+            self._write(name, content)
+        return self.folder / names[0]
+
+    def manifest(self) -> bytes:
+        """The manifest of the training data. Raises UserError if it is missing or damaged, KeyError if there is none."""
+        return self.read(self.spec.data.manifest_digest)
+
+    def held_out_manifest(self) -> bytes:
+        """The manifest of the held-out data. Raises as `manifest`."""
+        return self.read(self.spec.held_out.manifest_digest if self.spec.held_out else b"")
+
+    def tokenizer_folder(self) -> Path:
+        """The folder of the tokenizer, its files checked. Raises UserError."""
+        for digest in self.spec.tokenizer.values():
+            self.artifact(digest)
+        return self.folder / TOKENIZER_FOLDER
+
+    def tokenizer(self) -> Any:
+        """The run's transformers tokenizer. Raises UserError."""
+        return load_tokenizer(self.tokenizer_folder())
+
+    def _read(self, name: str, digest: bytes) -> bytes | None:
+        try:
+            content = (self.folder / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise disk_error(self.folder, error) from error
+        return content if artifact_digest(content)[: len(digest)] == digest else None
+
+    def _write(self, name: str, content: bytes) -> None:
+        path = self.folder / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, partial = tempfile.mkstemp(dir=self.folder, prefix=".partial-")
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(content)
+                Path(partial).replace(path)
+            except BaseException:
+                Path(partial).unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise disk_error(self.folder, error) from error
+
+
+def artifact_digest(content: bytes) -> bytes:
+    """SHA-256. Manifests are named by its first 16 bytes."""
+    return hashlib.sha256(content).digest()
+
+
+def _names_of(spec: RunSpec) -> dict[bytes, list[str]]:
+    """The files of each digest: files of one content have one."""
+    names: dict[bytes, list[str]] = defaultdict(list)
+    for name, digest in spec.tokenizer.items():
+        names[digest].append(f"{TOKENIZER_FOLDER}/{name}")
+    if spec.data.manifest_digest:
+        names[spec.data.manifest_digest].append(MANIFEST_FILE)
+    if spec.held_out is not None:
+        names[spec.held_out.manifest_digest].append(HELD_OUT_MANIFEST_FILE)
+    return dict(names)
+
+
+def _folder(run_id: bytes, cache_dir: Path | None) -> Path:
+    return cache_root(cache_dir) / "runs" / run_id.hex()

@@ -1,0 +1,1 @@
+"""Training runs: where samples come from."""

@@ -1,0 +1,265 @@
+"""Manifest: the list of all chunks of a run's data, by which every trainer sees the same samples.
+
+A chunk is some consecutive documents, tokenised and cut into samples by itself, so that a sample can be made without the
+documents before its chunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from swarm.errors import UserError
+from swarm.model_spec import DIGEST_BYTES
+from swarm.run_spec import DataKind, DataSpec
+from swarm.training.data_document import Document, digest_documents
+from swarm.training.data_files import MAX_DOCUMENT_BYTES, DocumentFiles, Place
+from swarm.training.tokenizer_pool import TokenizerPool, Tokenizing, TokenizingHere
+from swarm.training.tokenizing import Tokens
+
+MAX_MANIFEST_BYTES = 64 * 2**20
+# A chunk ends with the document that brings it to so many bytes of text.
+CHUNK_BYTES = 2**20
+MAX_SAMPLES_PER_CHUNK = 2**21
+_MAX_DOCUMENTS_PER_CHUNK = 2**20
+_MAX_FILES = 1000
+_MAX_WHOLE = 2**48
+_FORMAT = 1
+_KEYS = {"format", "kind", "text_field", "documents_per_chunk", "sequence_length", "files", "chunks"}
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestChunk:
+    """Some consecutive documents; they may go on in the next file."""
+
+    start: Place
+    num_documents: int
+    digest: bytes
+    """16 bytes, of the documents."""
+    num_samples: int
+    """May be 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """All chunks, in the order of the files."""
+
+    kind: DataKind
+    text_field: str
+    documents_per_chunk: int
+    sequence_length: int
+    files: tuple[tuple[str, int], ...]
+    """Path below the folder, bytes."""
+    chunks: tuple[ManifestChunk, ...]
+
+    @property
+    def num_samples(self) -> int:
+        return sum(chunk.num_samples for chunk in self.chunks)
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes."""
+        return _digest(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The manifest in its one canonical form: JSON."""
+        return json.dumps(
+            {
+                "format": _FORMAT,
+                "kind": self.kind,
+                "text_field": self.text_field,
+                "documents_per_chunk": self.documents_per_chunk,
+                "sequence_length": self.sequence_length,
+                "files": self.files,
+                "chunks": [
+                    [
+                        *(chunk.start.file, chunk.start.document, chunk.start.byte_offset, chunk.num_documents),
+                        *(chunk.digest.hex(), chunk.num_samples),
+                    ]
+                    for chunk in self.chunks
+                ],
+            },
+            sort_keys=True,
+            separators=(",", ":"),
+        ).encode()
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, expected_digest: bytes) -> Manifest:
+        """The manifest in raw, which may come from a stranger. UserError for another one, or a malformed one."""
+        if len(raw) > MAX_MANIFEST_BYTES:
+            raise UserError(
+                f"a manifest has {len(raw)} bytes, at most {MAX_MANIFEST_BYTES} are read: use larger chunks"
+            )
+        if (digest := _digest(raw)) != expected_digest:
+            raise UserError(
+                f"the manifest has digest {digest.hex()}, and the run wants {expected_digest.hex()}: "
+                f"get the run's own manifest, or build it again from unchanged files"
+            )
+        try:
+            manifest = _from_json(json.loads(raw))
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"the manifest is malformed ({error}): whoever created the run must build it again"
+            ) from error
+        if manifest.to_bytes() != raw:
+            raise UserError("the manifest is not in canonical form: whoever created the run must build it again")
+        return manifest
+
+    def read_chunk(self, files: DocumentFiles, number: int) -> list[Document]:
+        """The documents of a chunk. UserError if they are not those from which the manifest was built."""
+        chunk = self.chunks[number]
+        documents, num_bytes = [], 0
+        for _, document in islice(files.read(chunk.start), chunk.num_documents):
+            documents.append(document)
+            num_bytes += len(document.to_bytes())
+            if num_bytes > CHUNK_BYTES + MAX_DOCUMENT_BYTES:
+                break
+        if digest_documents(documents) != chunk.digest:
+            path = files.paths[chunk.start.file]
+            raise UserError(
+                f"{path} has changed since the run was created (in the {chunk.num_documents} documents that begin at "
+                f"number {chunk.start.document} of it): copy the original files again"
+            )
+        return documents
+
+
+def build_manifest(
+    spec: DataSpec, folder: Path, tokenizer: Any, sequence_length: int, num_workers: int = 0
+) -> Manifest:
+    """The manifest of spec's files below folder; reads and tokenises all of them.
+
+    Of spec its kind, files, text_field and documents_per_chunk are used. tokenizer: a transformers tokenizer, the run's.
+    num_workers: processes to tokenise in; 0: this one. Raises UserError for files that cannot be used.
+    """
+    if not num_workers:
+        return build_manifest_with(TokenizingHere(tokenizer), spec, folder, sequence_length)
+    with TokenizerPool(num_workers, tokenizer) as pool:
+        return build_manifest_with(pool, spec, folder, sequence_length)
+
+
+def build_manifest_with(tokenizing: Tokenizing, spec: DataSpec, folder: Path, sequence_length: int) -> Manifest:
+    """As build_manifest, with a pool that is open already."""
+    files = DocumentFiles(folder, spec.files, spec.kind, spec.text_field)
+    chunks, learns_something = [], False
+    for start, documents, tokens in tokenize_chunks(tokenizing, files.read(), spec.documents_per_chunk):
+        num_samples = tokens.num_samples(sequence_length)
+        if num_samples > MAX_SAMPLES_PER_CHUNK:
+            raise UserError(
+                f"{documents[0].where}: the chunk that begins here makes {num_samples} samples, at most "
+                f"{MAX_SAMPLES_PER_CHUNK} are possible: make sequence_length longer than {sequence_length}"
+            )
+        learns_something |= bool(tokens.is_learned[1:].any())
+        chunks.append(ManifestChunk(start, len(documents), digest_documents(documents), num_samples))
+    if not learns_something:
+        raise UserError(
+            f"there is nothing to learn from in {folder}: need texts of more than a token, or chats in which the assistant speaks"
+        )
+    sizes = (path.stat().st_size for path in files.paths)
+    manifest = Manifest(
+        kind=spec.kind,
+        text_field=spec.text_field,
+        documents_per_chunk=spec.documents_per_chunk,
+        sequence_length=sequence_length,
+        files=tuple(zip(files.files, sizes, strict=True)),
+        chunks=tuple(chunks),
+    )
+    if (num_bytes := len(manifest.to_bytes())) > MAX_MANIFEST_BYTES:
+        raise UserError(
+            f"the manifest would have {num_bytes} bytes, at most {MAX_MANIFEST_BYTES} are allowed: make documents_per_chunk larger"
+        )
+    return manifest
+
+
+def tokenize_chunks(
+    tokenizing: Tokenizing, documents: Iterable[tuple[Place, Document]], documents_per_chunk: int
+) -> Iterator[tuple[Place, list[Document], Tokens]]:
+    """Documents grouped into chunks, each with the place of its first document and its tokens."""
+    pending: deque[tuple[Place, list[Document], Future[Tokens]]] = deque()
+    for start, chunk in _group(documents, documents_per_chunk):
+        pending.append((start, chunk, tokenizing.submit(partial(list, chunk))))
+        if len(pending) > 2 * tokenizing.num_workers:
+            yield _finished(*pending.popleft())
+    while pending:
+        yield _finished(*pending.popleft())
+
+
+def _group(
+    documents: Iterable[tuple[Place, Document]], documents_per_chunk: int
+) -> Iterator[tuple[Place, list[Document]]]:
+    start, chunk, num_bytes = Place(), list[Document](), 0
+    for place, document in documents:
+        if not chunk:
+            start, num_bytes = place, 0
+        chunk.append(document)
+        num_bytes += len(document.to_bytes())
+        if len(chunk) == documents_per_chunk or num_bytes >= CHUNK_BYTES:
+            yield start, chunk
+            chunk = []
+    if chunk:
+        yield start, chunk
+
+
+def _finished(start: Place, documents: list[Document], tokens: Future[Tokens]) -> tuple[Place, list[Document], Tokens]:
+    return start, documents, tokens.result()
+
+
+def _from_json(given: object) -> Manifest:
+    """ValueError for anything that to_bytes does not make."""
+    _require(isinstance(given, dict) and given.keys() == _KEYS, f"it must be an object of {', '.join(sorted(_KEYS))}")
+    assert isinstance(given, dict)
+    _require(given["format"] == _FORMAT, f"its format is not {_FORMAT}, the only one that this version knows")
+    kind = DataKind(given["kind"])
+    _require(kind is not DataKind.OWN, "data of kind own has none")
+    _require(isinstance(given["text_field"], str), "text_field must be text")
+    files = given["files"]
+    _require(
+        isinstance(files, list)
+        and 0 < len(files) <= _MAX_FILES
+        and all(isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) for entry in files),
+        f"files must be 1 to {_MAX_FILES} pairs of path and bytes",
+    )
+    _require(isinstance(given["chunks"], list) and bool(given["chunks"]), "chunks must be a list that is not empty")
+    return Manifest(
+        kind=kind,
+        text_field=given["text_field"],
+        documents_per_chunk=_whole(given["documents_per_chunk"], 1, _MAX_DOCUMENTS_PER_CHUNK),
+        sequence_length=_whole(given["sequence_length"], 2, _MAX_WHOLE),
+        files=tuple((path, _whole(num_bytes, 0, _MAX_WHOLE)) for path, num_bytes in files),
+        chunks=tuple(_chunk(entry, len(files), given["documents_per_chunk"]) for entry in given["chunks"]),
+    )
+
+
+def _chunk(entry: object, num_files: int, documents_per_chunk: int) -> ManifestChunk:
+    _require(isinstance(entry, list) and len(entry) == 6, "a chunk must be a list of 6")
+    assert isinstance(entry, list)
+    file, document, byte_offset, num_documents, digest, num_samples = entry
+    _require(isinstance(digest, str) and len(digest) == 2 * DIGEST_BYTES, f"a digest must have {DIGEST_BYTES} bytes")
+    return ManifestChunk(
+        Place(_whole(file, 0, num_files - 1), _whole(document, 0, _MAX_WHOLE), _whole(byte_offset, 0, _MAX_WHOLE)),
+        _whole(num_documents, 1, documents_per_chunk),
+        bytes.fromhex(digest),
+        _whole(num_samples, 0, MAX_SAMPLES_PER_CHUNK),
+    )
+
+
+def _whole(value: object, low: int, high: int) -> int:
+    _require(type(value) is int and low <= value <= high, f"{str(value)[:40]} is no whole number from {low} to {high}")
+    assert isinstance(value, int)
+    return value
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _digest(raw: bytes) -> bytes:
+    return hashlib.sha256(raw).digest()[:DIGEST_BYTES]

@@ -1,0 +1,29 @@
+"""How a member of a run behaves. All times in seconds. Imports nothing heavy: command lines read it before they parse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+RUN_PROTOCOL = "shardswarm/run"  # libp2p protocol id of the streams between members
+
+
+@dataclass(frozen=True, slots=True)
+class LinkConfig:
+    """How long a peer may be silent."""
+
+    connect_timeout_s: float = 5.0
+    ping_every_s: float = 1.0
+    ping_timeout_s: float = 6.0
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipConfig:
+    """How a member behaves; all times in seconds."""
+
+    tick_s: float = 1.0
+    impatient_after_ticks: int = 4
+    search_every_s: float = 3.0
+    record_lifetime_s: float = 30.0
+    round_timeout_s: float = 600.0
+    download_timeout_s: float = 3600.0
+    links: LinkConfig = field(default_factory=LinkConfig)

@@ -1,0 +1,449 @@
+"""Membership: carries out what the state machine of swarm.epoch decides, for a node or a trainer. Read `run` and `_perform` first.
+
+One task feeds events and performs actions in their order, so a step is over before the hello of the next epoch leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import math
+import random
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from protos import training_pb2
+from swarm.epoch import member as m
+from swarm.epoch.ledger import Ledger
+from swarm.epoch.messages import Commit, Message, Place, Rules, Term
+from swarm.errors import BadReply, BadRequest, PeerFailed
+from swarm.exchange import ExchangeFailed, ExchangeMember
+from swarm.member_record import MemberRecord
+from swarm.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
+from swarm.p2p.averaging import Averager, Exchanged, plan_exchange
+from swarm.p2p.directory import Directory
+from swarm.p2p.framing import FramedStream
+from swarm.p2p.host import Host, strip_peer_id
+from swarm.records import MAX_ADDRESSES, MAX_LIFETIME_S, ShardState
+from swarm.run_spec import RunSpec
+from swarm.run_store import RunStore
+from swarm.training.artifacts import send_artifact
+from swarm.training.links import Links
+from swarm.training.member_config import MembershipConfig
+from swarm.training.parameters import GradientSum, StageParameters, gradient_digest, square_norm
+from swarm.training.state_transfer import fetch_state, send_state
+from swarm.training.wire import is_signed, sign_commit
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Work(Protocol):
+    """What a member does besides: a trainer runs microbatches, a node serves its stage."""
+
+    async def on_device(self, function: Callable[[], T]) -> T:
+        """Run a function on the thread that owns the weights."""
+        ...
+
+    def run(self, order: m.Run, place: Place) -> None:
+        """Begin a microbatch; tell by Membership.feed(Ran or DidNotRun)."""
+        ...
+
+    def stop_running(self, is_epoch_over: bool) -> None: ...
+
+    def take_gradients(self, unit: int) -> list[Tensor | None] | None:
+        """The kept gradient of the ends; it is not kept any longer."""
+        ...
+
+    def stepped(self, commit: Commit) -> None:
+        """The weights have changed: graphs that were made before are worth nothing."""
+        ...
+
+
+@dataclass(slots=True)
+class Counters:
+    """For people and benchmarks."""
+
+    num_steps: int = 0
+    num_skipped: int = 0
+    num_downloads: int = 0
+    num_aborted_rounds: int = 0
+    averaging_s: float = 0.0
+    bytes_averaged: int = 0
+    """Sent in exchanges."""
+
+
+def rules_of(spec: RunSpec, num_eval_units: int = 0) -> Rules:
+    """What the state machine needs of a spec. num_eval_units: the same for all members."""
+    return Rules(
+        num_stages=spec.num_stages,
+        num_units=-(-spec.target_batch // spec.microbatch),
+        num_eval_units=num_eval_units,
+        eval_every=spec.eval_every,
+        min_replicas=spec.min_replicas,
+        num_epochs=spec.num_epochs,
+    )
+
+
+def samples_of(spec: RunSpec, epoch: int, unit: int) -> range:
+    """Sample indices of a microbatch: of the epoch's, or of the held-out data from 0 on."""
+    num_units = -(-spec.target_batch // spec.microbatch)
+    if unit >= num_units:
+        first = (unit - num_units) * spec.microbatch
+        return range(first, min(first + spec.microbatch, spec.num_eval_samples))
+    start = epoch * spec.target_batch + unit * spec.microbatch
+    return range(start, min(start + spec.microbatch, (epoch + 1) * spec.target_batch))
+
+
+class Membership:
+    """This process as a member of a run, with a replica of one stage."""
+
+    def __init__(
+        self,
+        host: Host,
+        directory: Directory,
+        store: RunStore,
+        stage: int,
+        parameters: StageParameters,
+        work: Work,
+        *,
+        capacity: int = 0,
+        is_reachable: bool = True,
+        config: MembershipConfig | None = None,
+    ) -> None:
+        self.host, self.directory, self.stage = host, directory, stage
+        self.spec, self.run_id, self._store = store.spec, store.run_id, store
+        spec, run_id = self.spec, self.run_id
+        self.parameters, self.work = parameters, work
+        self.config = config or MembershipConfig()
+        self.counters = Counters()
+        self.last_commit: Commit | None = None
+        self.tokens_per_s = 0.0
+        self.gradient = GradientSum(parameters)
+        self.ledger = Ledger(lambda: secrets.randbits(63), self.gradient.clear)
+        start = Place(0, run_id)
+        self.weights_at: tuple[Place, Commit | None] = (start, None)
+        """Which step the weights are at; changed on the device thread, together with them."""
+        self.member = m.Member(
+            host.peer_id, stage, rules_of(spec, spec.num_eval_samples and -(-spec.num_eval_samples // spec.microbatch)),
+            self.ledger, start, {}, capacity=capacity,
+        )  # fmt: skip
+        self.member.rate = -1 if is_reachable else 0
+        self.on_commit: list[Callable[[Commit], None]] = []
+        self._events: asyncio.Queue[m.Event] = asyncio.Queue()
+        self._held: dict[tuple[Term, int], Exchanged] = {}
+        self._residual: Tensor | None = None
+        self._averaging: tuple[tuple[Term, int], asyncio.Task[None]] | None = None
+        self._download: asyncio.Task[None] | None = None
+        self._state = ShardState.JOINING
+        self._addresses: tuple[str, ...] = ()
+        self._leaderless_ticks = 0
+        self._averager = Averager(host)
+        self._links = Links(
+            host,
+            run_id,
+            stage,
+            on_message=self._on_message,
+            on_found=lambda peer, stage: self.feed(m.Found(peer, stage)),
+            on_lost=lambda peer: self.feed(m.Lost(peer)),
+            on_request=self._on_request,
+            config=self.config.links,
+        )
+
+    @property
+    def place(self) -> Place:
+        return self.member.place
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has come to its end, as far as this member knows."""
+        return self.place.epoch >= self.spec.num_epochs
+
+    def addresses_of(self, peer_id: str) -> tuple[str, ...]:
+        return self._links.addresses_of(peer_id)
+
+    def feed(self, event: m.Event) -> None:
+        """Tell the state machine; the actions follow in their turn."""
+        self._events.put_nowait(event)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Take part while the body runs; leave at its end. Raises what made it impossible to go on."""
+        self._addresses = tuple(map(strip_peer_id, await self.host.addresses()))[:MAX_ADDRESSES]
+        await self._averager.start()
+        await self._links.start()
+        body = asyncio.current_task()
+        assert body is not None
+        tasks = [asyncio.create_task(part()) for part in (self._run, self._tick, self._search, self._announce)]
+
+        def on_done(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and task.exception() is not None:
+                log.error("member failed", exc_info=task.exception())
+                body.cancel()
+
+        for task in tasks:
+            task.add_done_callback(on_done)
+        try:
+            yield
+        finally:
+            await self._links.flush(2.0)
+            await self._end(tasks)
+            await self._links.aclose()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await self._averager.aclose()
+            self._state = ShardState.LEAVING
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(3):
+                    await self.directory.publish_member(self.record())
+
+    async def _end(self, tasks: list[asyncio.Task[None]]) -> None:
+        pending = set(tasks)
+        if self._averaging is not None:
+            pending.add(self._averaging[1])
+        if self._download is not None:
+            pending.add(self._download)
+        while pending:  # Python 3.11's wait_for, inside hivemind, may swallow a cancellation: ask again
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=0.5)
+
+    def record(self) -> MemberRecord:
+        commit = self.last_commit
+        return MemberRecord(
+            peer_id=self.host.peer_id,
+            run_id=self.run_id,
+            stage=self.stage,
+            state=self._state,
+            epoch=self.place.epoch,
+            lineage=self.place.lineage,
+            expires_at=time.time() + self.config.record_lifetime_s,
+            tokens_per_s=self.tokens_per_s,
+            loss=None if commit is None or not commit.num_loss_tokens else commit.loss_sum / commit.num_loss_tokens,
+            addresses=self._addresses,
+            protocol_major=PROTOCOL_MAJOR,
+            protocol_minor=PROTOCOL_MINOR,
+            software=SOFTWARE,
+        )
+
+    # The tasks.
+
+    async def _run(self) -> None:
+        await self._perform(self.member.start())
+        while True:
+            event = await self._events.get()
+            await self._perform(self.member.apply(event))
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.tick_s)
+            self.feed(m.Tick())
+            self._leaderless_ticks = 0 if self.member.term.peer else self._leaderless_ticks + 1
+            if self._leaderless_ticks >= self.config.impatient_after_ticks:
+                self._leaderless_ticks = 0
+                self.feed(m.Impatient())
+
+    async def _search(self) -> None:
+        """Look for members that we have no link to."""
+        pause_s = 0.3
+        while True:
+            for record in await self.directory.find_members(self.run_id, range(self.spec.num_stages)):
+                if record.peer_id != self.host.peer_id and record.state != ShardState.LEAVING:
+                    self._links.know(record.peer_id, record.addresses)
+                    self._links.probe(record.peer_id)
+            await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
+            pause_s = min(1.5 * pause_s, self.config.search_every_s)
+
+    async def _announce(self) -> None:
+        self._state = ShardState.ONLINE
+        republish_at = 0.0
+        while True:
+            if not await self.directory.publish_member(self.record()):
+                log.warning("member record not stored")
+            if time.monotonic() > republish_at:  # so that the owner may be away
+                await self.directory.publish_run(self._store.raw)
+                republish_at = time.monotonic() + MAX_LIFETIME_S / 3
+            await asyncio.sleep(self.config.record_lifetime_s / 3 * random.uniform(0.8, 1.0))
+
+    # Actions.
+
+    async def _perform(self, actions: list[m.Action]) -> None:
+        for action in actions:
+            if isinstance(action, m.Send):
+                self._links.send(action.peer, self._signed(action.message))
+            elif isinstance(action, m.Run):
+                self.work.run(action, self.place)
+            elif isinstance(action, m.StopRunning):
+                self.work.stop_running(action.is_epoch_over)
+            elif isinstance(action, m.AddEnds):
+                await self._add_ends(action)
+            elif isinstance(action, m.Average):
+                self._start_averaging(action)
+            elif isinstance(action, m.StopAveraging):
+                self._stop_averaging((action.term, action.attempt))
+            elif isinstance(action, m.Step):
+                await self._step(action.commit)
+            elif isinstance(action, m.Download):
+                log.info("missed a step, downloading epoch=%d", action.place.epoch)
+                self._download = asyncio.create_task(self._fetch(action))
+            else:
+                log.info("%s", action.text)
+
+    def _signed(self, message: Message) -> Message:
+        if isinstance(message, Commit) and message.term.peer == self.host.peer_id and not message.signature:
+            return sign_commit(message, self.run_id, self.host.identity)
+        return message
+
+    def _on_message(self, peer: str, message: Message) -> None:
+        if isinstance(message, Commit) and not is_signed(message, self.run_id):
+            raise BadReply(f"peer {peer[-8:]} sent a commit that its leader did not sign")
+        self.feed(m.Received(peer, message))
+
+    async def _add_ends(self, action: m.AddEnds) -> None:
+        gradients = self.work.take_gradients(action.unit)
+        if action.is_first and gradients is not None:
+            kept = gradients
+            await self.work.on_device(lambda: self.gradient.add(kept))
+
+    def _start_averaging(self, order: m.Average) -> None:
+        if self._averaging is not None:
+            self._averaging[1].cancel()
+        self._averaging = (order.term, order.attempt), asyncio.create_task(self._average(order, self.place))
+
+    def _stop_averaging(self, attempt: tuple[Term, int]) -> None:
+        self._held.pop(attempt, None)
+        if self._averaging is not None and self._averaging[0] == attempt:
+            if not self._averaging[1].done():
+                self.counters.num_aborted_rounds += 1
+            self._averaging[1].cancel()
+
+    async def _average(self, order: m.Average, place: Place) -> None:
+        own = next(one for one in order.group if one.peer == self.host.peer_id)
+        named = (self.run_id, place.lineage, f"{place.epoch}/{self.stage}/{order.term}/{order.attempt}".encode())
+        members = [
+            ExchangeMember(
+                one.peer,
+                self.addresses_of(one.peer),
+                one.has_gradient,
+                None if one.rate < 0 else float(one.rate),
+            )
+            for one in order.group
+        ]
+        started = time.monotonic()
+        try:
+            await self.work.on_device(lambda: None)  # whatever was being added is in now
+            round_id = hashlib.sha256(b"\0".join(named)).digest()
+            plan = plan_exchange(round_id, members, self.parameters.size, self.spec.averaging)
+            vector = self.gradient.vector if own.has_gradient else None
+            done = await self._averager.average(
+                plan, vector, residual=self._residual, timeout_s=self.config.round_timeout_s
+            )
+            if vector is not None and done.vector.data_ptr() == vector.data_ptr():
+                done = Exchanged(vector.clone(), done.residual, 0, 0, done.seconds, {})
+
+            digest, norm = await asyncio.to_thread(lambda: (gradient_digest(done.vector), square_norm(done.vector)))
+        except ExchangeFailed as error:
+            self.feed(m.NotAveraged(order.term, order.attempt, error.culprits))
+            return
+        except (BadRequest, ValueError) as error:
+            log.error("cannot take part in the exchange epoch=%d reason=%s", place.epoch, error)
+            self.feed(m.NotAveraged(order.term, order.attempt, frozenset({self.host.peer_id})))
+            return
+        self.counters.averaging_s += time.monotonic() - started
+        self.counters.bytes_averaged += done.bytes_sent
+        self._held[order.term, order.attempt] = done
+        self.feed(m.Averaged(order.term, order.attempt, digest, norm))
+
+    async def _step(self, commit: Commit) -> None:
+        held = self._held.pop((commit.term, commit.attempt), None)
+        self._held.clear()
+        settings, num_epochs = self.spec.optimizer, self.spec.num_epochs
+
+        def compute() -> None:
+            if not commit.is_skipped:
+                assert held is not None
+                factor = settings.clip_factor(commit.norm) / max(commit.num_loss_tokens, 1)
+                self.parameters.step(held.vector.mul_(factor), settings.lr_at(commit.epoch, num_epochs))
+            self.weights_at = commit.after, commit
+
+        await self.work.on_device(compute)
+        if held is not None:
+            self._residual = held.residual
+        self.counters.num_steps += not commit.is_skipped
+        self.counters.num_skipped += commit.is_skipped
+        self._tell(commit)
+
+    def _tell(self, commit: Commit) -> None:
+        self.last_commit = commit
+        self.work.stepped(commit)
+        mean = commit.loss_sum / commit.num_loss_tokens if commit.num_loss_tokens else math.nan
+        log.info(
+            "step epoch=%d loss=%.4f norm=%.4f members=%d attempt=%d%s",
+            commit.epoch, mean, commit.norm, len(commit.members), commit.attempt, " skipped" if commit.is_skipped else "",
+        )  # fmt: skip
+        for callback in self.on_commit:
+            callback(commit)
+
+    # State from and for other replicas.
+
+    async def _fetch(self, order: m.Download) -> None:
+        """Download the state of a replica; if nobody can give it, look again at where everybody is."""
+        records = await self.directory.find_members(self.run_id, [self.stage])
+        for record in records:
+            self._links.know(record.peer_id, record.addresses)
+        known = {peer for peer, stage in self.member.known.items() if stage == self.stage}
+        candidates = sorted(
+            ({r.peer_id for r in records if r.state == ShardState.ONLINE} | known) - {self.host.peer_id}
+        )
+        random.shuffle(candidates)
+        for peer in candidates:
+            try:
+                async with asyncio.timeout(self.config.download_timeout_s):
+                    place, commit, state = await fetch_state(
+                        self._links, peer, self.run_id, order.place, self.parameters.size
+                    )
+            except (PeerFailed, TimeoutError) as error:
+                log.info("no state from peer=%s reason=%s", peer[-8:], error)
+                continue
+
+            def install(place: Place = place, commit: Commit | None = commit) -> None:
+                self.parameters.install(state)  # noqa: B023  awaited below
+                self.weights_at = place, commit
+
+            await self.work.on_device(install)
+            self._residual = None
+            self._held.clear()
+            self.counters.num_downloads += 1
+            log.info("state installed epoch=%d peer=%s", place.epoch, peer[-8:])
+            if commit is not None:
+                self._tell(commit)
+            self.feed(m.Installed(place, commit))
+            return
+        await asyncio.sleep(self.config.tick_s)
+        self.feed(m.Installed(self.member.place, self.member.last_commit))
+
+    async def _on_request(self, peer: str, request: training_pb2.MemberMessage, stream: FramedStream) -> None:
+        if request.WhichOneof("kind") == "get_artifact":
+            await send_artifact(stream, self._store, request.get_artifact.digest)
+            return
+        if request.WhichOneof("kind") != "get_state":
+            await stream.fail("this member has no such thing")
+            return
+        (place, commit), state = await self.work.on_device(lambda: (self.weights_at, self.parameters.snapshot()))
+        if place.epoch < request.get_state.min_epoch or self.member.is_downloading:
+            await stream.fail(f"this member is at epoch {place.epoch} itself")
+            return
+        await send_state(stream, place, None if commit is None else self._sign_kept(commit), state)
+
+    def _sign_kept(self, commit: Commit) -> Commit:
+        signed = self._signed(commit)
+        assert isinstance(signed, Commit)
+        return signed

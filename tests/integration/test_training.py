@@ -1,0 +1,92 @@
+"""A swarm of real processes trains as one process does: 2 stages x 2 nodes, 2 trainers, the same samples."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from swarm.client.runs import publish_run
+from tests.support.fork_server import ForkServer
+from tests.support.one_process_training import Outcome, samples_of_run, train_in_one_process
+from tests.support.processes import Process, local_swarm, wait_until
+from tests.support.training_swarm import TrainingSwarm, make_run
+
+BLOCK = "model.layers."
+
+
+@pytest.fixture(scope="module")
+def fork_server() -> Iterator[ForkServer]:
+    torch.set_num_threads(1)
+    server = ForkServer({})
+    yield server
+    server.close()
+
+
+def train(
+    folder: Path, fork_server: ForkServer | None, **rules: Any
+) -> tuple[TrainingSwarm, list[Process], list[Process]]:
+    """Run a swarm of 2 x 2 nodes and 2 trainers to the end of the run. (swarm, nodes, trainers), all stopped."""
+    store = make_run(folder / "run", **{"min_replicas": 2, **rules})
+    with local_swarm(folder / "swarm", fork_server=fork_server) as swarm:
+        publish_run(store, swarm.initial_peers, 15)
+        training = TrainingSwarm(swarm, store, folder / "run")
+        nodes = [training.start_node(stage) for stage in range(len(store.spec.stages)) for _ in range(2)]
+        trainers = [training.start_trainer() for _ in range(2)]
+        last = store.spec.num_epochs - 1
+        with contextlib.suppress(AssertionError):  # the checks below say more
+            wait_until(lambda: all(last in training.steps_of(m) for m in (*nodes, *trainers)), 60, "the run ends")
+        return training, nodes, trainers
+
+
+def weights_of_run(training: TrainingSwarm, nodes: list[Process], trainers: list[Process]) -> dict[str, Tensor]:
+    """All weights by their names in the whole model."""
+    whole = training.weights_of(trainers[0])
+    for stage, span in enumerate(training.store.spec.stages):
+        for name, tensor in training.weights_of(nodes[2 * stage]).items():
+            _, _, rest = name.partition("layers.")
+            number, _, rest = rest.partition(".")
+            whole[f"{BLOCK}{span.start + int(number)}.{rest}"] = tensor
+    return whole
+
+
+def largest_error(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Over all tensors: norm of the difference by norm of the tensor."""
+    assert weights.keys() == expected.keys()
+    return max(float((weights[n] - t).norm() / t.norm()) for n, t in expected.items())
+
+
+def check_equal(training: TrainingSwarm, nodes: list[Process], trainers: list[Process], tolerance: float) -> Outcome:
+    spec = training.store.spec
+    source = samples_of_run(training.store, training.folder / "data")
+    expected = train_in_one_process(spec, source)
+    members = [*nodes, *trainers]
+    steps = {member: training.steps_of(member) for member in members}
+    for member in members:
+        assert sorted(steps[member]) == list(range(spec.num_epochs)), f"{member.log_path.name}: {member.log[-2000:]}"
+    for epoch in range(spec.num_epochs):
+        lines = [steps[member][epoch] for member in members]
+        for one, other in zip(members[::2], members[1::2], strict=True):
+            assert steps[one][epoch]["digest"] == steps[other][epoch]["digest"], f"replicas differ after epoch {epoch}"
+        assert all(line["units"] for line in lines), f"somebody added nothing in epoch {epoch}"
+        assert {line["members"] for line in lines} == {len(members)} and {line["lineage"] for line in lines} == {
+            lines[0]["lineage"]
+        }
+        assert abs(lines[0]["loss"] / expected.losses[epoch] - 1) < tolerance
+    assert all(step["downloads"] == 0 for lines in steps.values() for step in lines.values())
+    error = largest_error(weights_of_run(training, nodes, trainers), expected.weights)
+    print(f"largest relative error {error:.1e}, loss {expected.losses[0]:.3f} to {expected.losses[-1]:.3f}")
+    assert error < tolerance
+    return expected
+
+
+def test_a_swarm_trains_as_one_process_does(tmp_path: Path, fork_server: ForkServer) -> None:
+    """fp32, clipping active, unequal loss masks (padded samples), two microbatches of a trainer under way at a time."""
+    rules = {"end.epochs": 30, "microbatch": 1, "optimizer.lr": 5e-3, "optimizer.clip_norm": 0.5}
+    expected = check_equal(*train(tmp_path, fork_server, **rules), tolerance=1e-5)
+    assert expected.losses[-1] < 0.8 * expected.losses[0]

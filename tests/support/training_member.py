@@ -1,0 +1,136 @@
+"""A real node or trainer of a run that writes down what it does, and in which a fault may be planted.
+
+    python -m tests.support.training_member node|trainer ARGUMENTS of swarm-node / swarm
+TRACE (a file) gets a line of JSON for every step: epoch, lineage, digest of the weights, units in the ledger, size of the group.
+DUMP (a file, *.pt) gets the weights by name at the end of the run. FAULT (JSON) is {"on": event, "at": n, "action": ...}; events are
+    send:Commit, receive:Prepare ...    a letter of that kind, before it leaves (or is taken in)
+    sent:Commit                         after it has left
+    hop:1                               a trainer's backward at stage 1 is done
+    added                               a gradient went into a node's ledger
+and actions SIGKILL, SIGSTOP, nan (the averaged vector), and so on. The fault is written to TRACE first, and synced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+
+from swarm.client import stage_hop
+from swarm.epoch.ledger import Added, Ledger
+from swarm.epoch.messages import Commit
+from swarm.training import links, membership
+
+fault: dict[str, Any] = {}
+counts: Counter[str] = Counter()
+
+
+def trace(**fields: Any) -> None:
+    with open(os.environ["TRACE"], "a") as file:
+        file.write(json.dumps(fields) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def happens(event: str) -> bool:
+    """Whether the planted fault is due at this event; signals are sent at once."""
+    counts[event] += 1
+    if fault.get("on") != event or counts[event] != fault["at"]:
+        return False
+    trace(fault=fault["action"], on=event, at=counts[event])
+    if fault["action"].startswith("SIG"):
+        os.kill(os.getpid(), signal.Signals[fault["action"]])
+    return True
+
+
+class TracedLinks(links.Links):
+    def send(self, peer_id: str, message: Any) -> None:
+        kind = type(message).__name__
+        happens(f"send:{kind}")
+        super().send(peer_id, message)
+        if fault.get("on") == f"sent:{kind}":
+            counts[f"sent:{kind}"] += 1
+            if counts[f"sent:{kind}"] == fault["at"]:
+                asyncio.get_running_loop().create_task(self._strike(kind))
+
+    async def _strike(self, kind: str) -> None:
+        await self.flush(5)
+        await asyncio.sleep(0.05)  # p2pd has to pass it on before it dies with us
+        counts[f"sent:{kind}"] = fault["at"] - 1
+        happens(f"sent:{kind}")
+
+
+class TracedMembership(membership.Membership):
+    def _on_message(self, peer: str, message: Any) -> None:
+        happens(f"receive:{type(message).__name__}")
+        super()._on_message(peer, message)
+
+    def _start_averaging(self, order: Any) -> None:
+        self.last_units = sorted(self.ledger.units)
+        happens("average")
+        super()._start_averaging(order)
+
+    def _tell(self, commit: Commit) -> None:
+        super()._tell(commit)
+        trace(
+            epoch=commit.epoch,
+            lineage=commit.lineage.hex(),
+            digest=self.parameters.digest().hex(),
+            units=getattr(self, "last_units", []),
+            members=len(commit.members),
+            loss=commit.loss_sum / max(commit.num_loss_tokens, 1),
+            downloads=self.counters.num_downloads,
+            attempt=commit.attempt,
+            term=commit.term.number,
+            skipped=commit.is_skipped,
+            norm=commit.norm,
+        )
+        dump = os.environ.get("DUMP")
+        if dump and commit.epoch + 1 == self.spec.num_epochs:
+            named = zip(self.parameters.names, self.parameters.parameters, strict=True)
+            torch.save({name: tensor.detach().clone() for name, tensor in named}, dump + ".new")
+            os.replace(dump + ".new", dump)
+
+
+class TracedLedger(Ledger):
+    def add(self, tag: Any, add: Any) -> Added:
+        answer = super().add(tag, add)
+        if answer is Added.NOW:
+            happens("added")
+        return answer
+
+
+class TracedHops(stage_hop.StageHops):
+    async def backward(self, task: Any, *arguments: Any) -> Any:
+        answer = await super().backward(task, *arguments)
+        happens(f"hop:{task.stage}")
+        return answer
+
+
+def main() -> None:
+    kind = sys.argv.pop(1)
+    fault.update(json.loads(os.environ.get("FAULT", "null")) or {})
+    membership.Links = TracedLinks  # type: ignore[misc]
+    membership.Ledger = TracedLedger  # type: ignore[misc]
+    if kind == "node":
+        from node.cli import main as run
+        from node.training import runtime
+
+        runtime.Membership = TracedMembership  # type: ignore[misc]
+    else:
+        from swarm.cli import main as run
+        from swarm.client import trainer
+
+        trainer.Membership = TracedMembership  # type: ignore[misc]
+        trainer.StageHops = TracedHops  # type: ignore[misc]
+    run()
+
+
+if __name__ == "__main__":
+    main()

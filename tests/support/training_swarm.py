@@ -1,0 +1,131 @@
+"""A whole training run on this machine: bootstrap, nodes and trainers as processes, its files, and what they wrote down."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from swarm.run_creation import create_run
+from swarm.run_store import RunStore
+from tests.support.models import TINY, tiny_tokenizer
+from tests.support.processes import LocalSwarm, Process
+
+ALICE = [
+    "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do.",
+    "Once or twice she had peeped into the book her sister was reading, but it had no pictures or conversations in it.",
+    "So she was considering in her own mind whether the pleasure of making a daisy-chain would be worth the trouble.",
+    "There was nothing so very remarkable in that; nor did Alice think it so very much out of the way.",
+    "In another moment down went Alice after it, never once considering how in the world she was to get out again.",
+    "The rabbit-hole went straight on like a tunnel for some way, and then dipped suddenly down.",
+]
+"""Lewis Carroll, Alice's Adventures in Wonderland (1865), public domain."""
+
+
+@dataclass
+class TrainingSwarm:
+    """Processes of one run."""
+
+    swarm: LocalSwarm
+    store: RunStore
+    folder: Path
+    members: list[Process] = field(default_factory=list)
+
+    @property
+    def run_id(self) -> str:
+        return self.store.run_id.hex()
+
+    def start_node(self, stage: int | None, *flags: str, fault: dict[str, Any] | None = None, **env: str) -> Process:
+        arguments = ["node", "run", "--run", self.run_id, "--threads", "1"]
+        if stage is not None:
+            arguments += ["--blocks", str(self.store.spec.stages[stage])]
+        return self._start(arguments + list(flags), fault, env)
+
+    def start_trainer(self, *flags: str, fault: dict[str, Any] | None = None, **env: str) -> Process:
+        arguments = ["trainer", "train", self.run_id, "--threads", "1", "--json", "--data", str(self.folder / "data")]
+        return self._start(arguments + list(flags), fault, env)
+
+    def _start(self, arguments: list[str], fault: dict[str, Any] | None, env: dict[str, str]) -> Process:
+        name = f"{arguments[0]}{len(self.members)}"
+        environment = {
+            "SHARDSWARM_CACHE": str(self.folder / "cache"),
+            "TRACE": str(self.folder / f"{name}.trace"),
+            "DUMP": str(self.folder / f"{name}.pt"),
+            "FAULT": json.dumps(fault),
+            **self.swarm.env,
+            **env,
+        }
+        command = [sys.executable, "-m", "tests.support.training_member", *arguments]
+        command += ["--initial-peers", ",".join(self.swarm.initial_peers)]
+        command += ["--cache-dir", str(self.folder / "cache"), "--log-level", "info"]
+        process = Process(command, self.folder / f"{name}.log", environment, self.swarm.fork_server)
+        self.members.append(process)
+        self.swarm.processes.append(process)
+        return process
+
+    def trace_of(self, member: Process) -> list[dict[str, Any]]:
+        path = member.log_path.with_suffix(".trace")
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def steps_of(self, member: Process) -> dict[int, dict[str, Any]]:
+        """What a member wrote at each step."""
+        return {line["epoch"]: line for line in self.trace_of(member) if "epoch" in line}
+
+    def faults_of(self, member: Process) -> list[dict[str, Any]]:
+        return [line for line in self.trace_of(member) if "fault" in line]
+
+    def weights_of(self, member: Process) -> dict[str, Tensor]:
+        """At the end of the run."""
+        weights: dict[str, Tensor] = torch.load(member.log_path.with_suffix(".pt"), weights_only=True)
+        return weights
+
+
+def make_run(
+    folder: Path,
+    *,
+    texts: Sequence[str] = ALICE,
+    family: str = "llama",
+    config: dict[str, Any] | None = None,
+    **rules: Any,
+) -> RunStore:
+    """Write the files of a run and create it. rules: lines of run.toml, section.key for those of a section."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    (folder / "data").mkdir(exist_ok=True)
+    lines = [json.dumps({"text": text}) for text in texts]
+    (folder / "data" / "train.jsonl").write_text("\n".join(lines) + "\n")
+    whole = AutoConfig.for_model(family, **{**TINY[family], **(config or {})}).to_dict()
+    (folder / "config.json").write_text(json.dumps(whole))
+    values: dict[str, Any] = {
+        "stages": 2,
+        "sequence_length": 16,
+        "target_batch": 8,
+        "microbatch": 1,
+        "precision": "fp32",
+        "model.config": "config.json",
+        "model.seed": 3,
+        "tokenizer.path": "tokenizer",
+        "data.kind": "jsonl",
+        "data.path": "data",
+        "data.documents_per_chunk": 2,
+        "optimizer.lr": 3e-3,
+        "end.epochs": 5,
+        **rules,
+    }
+    sections: dict[str, list[str]] = {"": []}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        if value is not None:
+            sections.setdefault(section, []).append(f"{name} = {json.dumps(value)}")
+    text = "\n".join(sections.pop("")) + "\n"
+    for section, entries in sections.items():
+        text += f"[{section}]\n" + "\n".join(entries) + "\n"
+    (folder / "run.toml").write_text(text)
+    return create_run(folder / "run.toml", identity_path=folder / "owner", cache_dir=folder / "cache")
