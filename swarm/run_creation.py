@@ -81,8 +81,7 @@ def _with_manifest(
     from swarm.training.manifest import build_manifest
 
     manifest = build_manifest(data, folder, tokenizer, spec.sequence_length, num_workers)
-    content = manifest.to_bytes()
-    artifacts[manifest.digest] = content
+    artifacts[manifest.digest] = manifest.to_bytes()
     return dataclasses.replace(data, manifest_digest=manifest.digest, num_samples=manifest.num_samples)
 
 

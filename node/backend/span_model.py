@@ -63,6 +63,8 @@ class SpanModel:
         model = build_model(config, renamed, dtype=dtype, cut=cut, name=checkpoint.name)
         self._base = model.base_model.requires_grad_(False).to(self.device)
         self._takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
+        self.autocast_dtype: torch.dtype | None = None
+        """What autocast computes in, over float32 weights that are trained. None: no autocast."""
         self._enters_late = False  # whether the base model changes hidden states on their way to the first block
         self._views: dict[Span, _View] = {}
         self._weight_places: set[int] = set()
@@ -102,7 +104,7 @@ class SpanModel:
         self._check(hidden_BTH, mask)
         batch, num_new = hidden_BTH.shape[:2]
         view = self._view_of(cache.hop)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._autocast():
             attention_mask, positions = cache.extend_mask(mask, batch, num_new)
             hidden_BTH = hidden_BTH.to(self.device)
             if view.entry is not None:
@@ -142,7 +144,7 @@ class SpanModel:
         hidden_BTH = hidden_BTH.to(self.device)
         if view.entry is not None:
             view.entry.given = hidden_BTH
-        with contextlib.nullcontext() if dropout_seed is None else view.dropout(dropout_seed):
+        with self._autocast(), contextlib.nullcontext() if dropout_seed is None else view.dropout(dropout_seed):
             output: Tensor = view.base(
                 inputs_embeds=hidden_BTH,
                 attention_mask=None if mask is None else mask.long().to(self.device),
@@ -175,6 +177,11 @@ class SpanModel:
                 output = self.forward_whole(hop, given, **options)
         held |= {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in (given, output)}
         return given, output, sum(size for place, size in held.items() if place not in self._weight_places)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
 
     def _check(self, hidden_BTH: Tensor, mask: Tensor | None) -> None:
         if hidden_BTH.ndim != 3 or hidden_BTH.shape[2] != self.hidden_size or hidden_BTH.dtype != self.dtype:

@@ -315,7 +315,7 @@ class Member:
         self._aborted = (NO_TERM, -1)
         self.leader = None
         self._passed_over.clear()
-        for attempt in {*self._held, *([self._attempt] if self._attempt else [])}:
+        for attempt in sorted({*self._held, *([self._attempt] if self._attempt else [])}):
             self._forget(attempt)
         self._attempt = None
         self._running.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ import numpy as np
 from swarm.errors import UserError
 from swarm.run_spec import DataKind, DataSpec
 from swarm.training.data_document import Chat, Document
-from swarm.training.data_files import DocumentFiles, Place
+from swarm.training.data_files import DocumentFiles, Place, check_chat
 from swarm.training.data_order import WINDOW_CHUNKS, SampleOrder
 from swarm.training.manifest import Manifest, build_manifest_with, tokenize_chunks
 from swarm.training.tokenizer_pool import TokenizerPool, Tokenizing, TokenizingHere
@@ -169,6 +169,8 @@ class OwnSource(Samples):
         Tokenises everything once, to count the samples. Raises UserError for what cannot be used.
         """
         tokenizing = pool or TokenizingHere(tokenizer)
+        if isinstance(source, str):
+            raise ValueError(f"give a Path, or several texts, not one of type str: {source[:40]!r}")
         if isinstance(source, Path):
             spec, folder = _spec_of(source, text_field)
             chunks = _chunks_of_files(build_manifest_with(tokenizing, spec, folder, sequence_length), folder)
@@ -216,18 +218,29 @@ def _chunks_of_files(manifest: Manifest, folder: Path) -> _Chunks:
 
 
 def _chunks_in_memory(tokenizing: Tokenizing, contents: Iterable[str | Chat], sequence_length: int) -> _Chunks:
-    documents = ((Place(0, number), Document(content, f"document {number}")) for number, content in enumerate(contents))
-    chunks, num_samples = [], []
-    for _, chunk, tokens in tokenize_chunks(tokenizing, documents, _OWN_DOCUMENTS_PER_CHUNK):
+    chunks, num_samples, learns_something = [], [], False
+    for _, chunk, tokens in tokenize_chunks(tokenizing, _numbered(contents), _OWN_DOCUMENTS_PER_CHUNK):
         chunks.append(chunk)
         num_samples.append(tokens.num_samples(sequence_length))
-    if not sum(num_samples):
-        raise UserError("there is no text to train on: give at least one document of more than a token")
+        learns_something |= tokens.has_loss
+    if not learns_something:
+        raise UserError("there is nothing to learn from: give texts of more than a token, or chats with an assistant")
     return _Chunks(num_samples, chunks.__getitem__)
+
+
+def _numbered(contents: Iterable[str | Chat]) -> Iterator[tuple[Place, Document]]:
+    for number, content in enumerate(contents):
+        where = f"document {number}"
+        yield (
+            Place(0, number),
+            Document(content if isinstance(content, str) else check_chat(content, where), where),
+        )
 
 
 def _spec_of(path: Path, text_field: str) -> tuple[DataSpec, Path]:
     """A file's or a folder's data, in the order of paths, and the folder below which the files are."""
+    if not path.exists():
+        raise UserError(f"{path} is not there: name a file or folder with text")
     folder = path if path.is_dir() else path.parent
     found = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in found if file.suffix in _KIND_OF_SUFFIX and file.is_file()]

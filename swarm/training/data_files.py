@@ -108,8 +108,8 @@ class DocumentFiles:
         try:
             with parquet.ParquetFile(path) as file:
                 if self._text_field not in file.schema_arrow.names:
-                    fields = ", ".join(map(repr, file.schema_arrow.names[:20]))
-                    raise UserError(f"{path} has no field {self._text_field!r}: set text_field to one of {fields}")
+                    names = ", ".join(map(repr, file.schema_arrow.names[:20]))
+                    raise UserError(f"{path} has no field {self._text_field!r}: set text_field to one of {names}")
                 for group in range(file.metadata.num_row_groups):
                     num_rows = file.metadata.row_group(group).num_rows
                     if first + num_rows <= start.document:
@@ -130,7 +130,7 @@ class DocumentFiles:
         if content is None:
             raise UserError(f"{where} has no field {self._text_field!r}: correct or remove it, or set text_field")
         if self._text_field == CHAT_FIELD:
-            return Document(_checked_chat(content, where), where)
+            return Document(check_chat(content, where), where)
         if not isinstance(content, str):
             raise UserError(
                 f"{where}: {self._text_field!r} is {type(content).__name__}, not text: correct or remove it, or set text_field"
@@ -138,7 +138,8 @@ class DocumentFiles:
         return Document(content, where)
 
 
-def _checked_chat(content: object, where: str) -> Chat:
+def check_chat(content: object, where: str) -> Chat:
+    """The chat that content is; UserError, naming where it is, if it is none."""
     is_chat = isinstance(content, list) and all(
         isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in content
     )

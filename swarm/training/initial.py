@@ -19,7 +19,6 @@ from swarm.run_spec import RunSpec
 from swarm.span import Span
 from swarm.terminal import quiet_libraries
 
-
 MAX_EXPERTS = 2**17
 # What a config may say of how its model is to be computed, or was stored: it may name code to download.
 _HOW_TO_COMPUTE = {
@@ -71,13 +70,13 @@ class RandomCheckpoint:
 
     def load_ends(self) -> dict[str, Tensor]:
         """Tensors that belong to no block."""
-        blocks: dict[str, nn.Module | None] = dict(self._blocks.named_children())
-        for name in blocks:
-            self._blocks._modules[name] = None  # not copied, not initialised
+        children: dict[str, Any] = self._blocks._modules
+        blocks = dict(children)
+        children.update(dict.fromkeys(blocks))  # not copied, not initialised
         try:
             return self._initialised(self._model, "ends")
         finally:
-            self._blocks._modules.update(blocks)
+            children.update(blocks)
 
     def _initialised(self, module: nn.Module, what: str) -> dict[str, Tensor]:
         num_bytes = 4 * sum(parameter.numel() for parameter in module.parameters())

@@ -24,6 +24,7 @@ from swarm.training.data_document import Document, digest_documents
 from swarm.training.data_files import MAX_DOCUMENT_BYTES, DocumentFiles, Place
 from swarm.training.tokenizer_pool import TokenizerPool, Tokenizing, TokenizingHere
 from swarm.training.tokenizing import Tokens
+from swarm.value_checks import check_whole, is_path_below, require
 
 MAX_MANIFEST_BYTES = 64 * 2**20
 # A chunk ends with the document that brings it to so many bytes of text.
@@ -107,7 +108,7 @@ class Manifest:
             manifest = _from_json(json.loads(raw))
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"the manifest is malformed ({error}): whoever created the run must build it again"
+                f"the manifest is malformed ({str(error)[:200]}): whoever created the run must build it again"
             ) from error
         if manifest.to_bytes() != raw:
             raise UserError("the manifest is not in canonical form: whoever created the run must build it again")
@@ -116,17 +117,17 @@ class Manifest:
     def read_chunk(self, files: DocumentFiles, number: int) -> list[Document]:
         """The documents of a chunk. UserError if they are not those from which the manifest was built."""
         chunk = self.chunks[number]
-        documents, num_bytes = [], 0
-        for _, document in islice(files.read(chunk.start), chunk.num_documents):
+        documents, num_bytes, paths = [], 0, {files.paths[chunk.start.file]: None}
+        for place, document in islice(files.read(chunk.start), chunk.num_documents):
             documents.append(document)
+            paths[files.paths[place.file]] = None
             num_bytes += len(document.to_bytes())
             if num_bytes > CHUNK_BYTES + MAX_DOCUMENT_BYTES:
                 break
         if digest_documents(documents) != chunk.digest:
-            path = files.paths[chunk.start.file]
             raise UserError(
-                f"{path} has changed since the run was created (in the {chunk.num_documents} documents that begin at "
-                f"number {chunk.start.document} of it): copy the original files again"
+                f"{' or '.join(map(str, paths))} has changed since the run was created (in the {chunk.num_documents} "
+                f"documents from number {chunk.start.document} on): copy the original files again"
             )
         return documents
 
@@ -156,7 +157,7 @@ def build_manifest_with(tokenizing: Tokenizing, spec: DataSpec, folder: Path, se
                 f"{documents[0].where}: the chunk that begins here makes {num_samples} samples, at most "
                 f"{MAX_SAMPLES_PER_CHUNK} are possible: make sequence_length longer than {sequence_length}"
             )
-        learns_something |= bool(tokens.is_learned[1:].any())
+        learns_something |= tokens.has_loss
         chunks.append(ManifestChunk(start, len(documents), digest_documents(documents), num_samples))
     if not learns_something:
         raise UserError(
@@ -213,52 +214,45 @@ def _finished(start: Place, documents: list[Document], tokens: Future[Tokens]) -
 
 def _from_json(given: object) -> Manifest:
     """ValueError for anything that to_bytes does not make."""
-    _require(isinstance(given, dict) and given.keys() == _KEYS, f"it must be an object of {', '.join(sorted(_KEYS))}")
+    require(isinstance(given, dict) and given.keys() == _KEYS, f"it must be an object of {', '.join(sorted(_KEYS))}")
     assert isinstance(given, dict)
-    _require(given["format"] == _FORMAT, f"its format is not {_FORMAT}, the only one that this version knows")
+    require(given["format"] == _FORMAT, f"its format is not {_FORMAT}, the only one that this version knows")
     kind = DataKind(given["kind"])
-    _require(kind is not DataKind.OWN, "data of kind own has none")
-    _require(isinstance(given["text_field"], str), "text_field must be text")
+    require(kind is not DataKind.OWN, "data of kind own has none")
+    require(isinstance(given["text_field"], str), "text_field must be text")
     files = given["files"]
-    _require(
+    require(
         isinstance(files, list)
         and 0 < len(files) <= _MAX_FILES
-        and all(isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) for entry in files),
-        f"files must be 1 to {_MAX_FILES} pairs of path and bytes",
+        and all(isinstance(entry, list) and len(entry) == 2 and is_path_below(entry[0]) for entry in files),
+        f"files must be 1 to {_MAX_FILES} pairs of a path below the folder and bytes",
     )
-    _require(isinstance(given["chunks"], list) and bool(given["chunks"]), "chunks must be a list that is not empty")
+    for _, num_bytes in files:
+        check_whole("bytes of a file", num_bytes, 0, _MAX_WHOLE)
+    check_whole("documents_per_chunk", given["documents_per_chunk"], 1, _MAX_DOCUMENTS_PER_CHUNK)
+    check_whole("sequence_length", given["sequence_length"], 2, _MAX_WHOLE)
+    require(isinstance(given["chunks"], list) and bool(given["chunks"]), "chunks must be a list that is not empty")
     return Manifest(
         kind=kind,
         text_field=given["text_field"],
-        documents_per_chunk=_whole(given["documents_per_chunk"], 1, _MAX_DOCUMENTS_PER_CHUNK),
-        sequence_length=_whole(given["sequence_length"], 2, _MAX_WHOLE),
-        files=tuple((path, _whole(num_bytes, 0, _MAX_WHOLE)) for path, num_bytes in files),
+        documents_per_chunk=given["documents_per_chunk"],
+        sequence_length=given["sequence_length"],
+        files=tuple((path, num_bytes) for path, num_bytes in files),
         chunks=tuple(_chunk(entry, len(files), given["documents_per_chunk"]) for entry in given["chunks"]),
     )
 
 
 def _chunk(entry: object, num_files: int, documents_per_chunk: int) -> ManifestChunk:
-    _require(isinstance(entry, list) and len(entry) == 6, "a chunk must be a list of 6")
+    require(isinstance(entry, list) and len(entry) == 6, "a chunk must be a list of 6")
     assert isinstance(entry, list)
     file, document, byte_offset, num_documents, digest, num_samples = entry
-    _require(isinstance(digest, str) and len(digest) == 2 * DIGEST_BYTES, f"a digest must have {DIGEST_BYTES} bytes")
-    return ManifestChunk(
-        Place(_whole(file, 0, num_files - 1), _whole(document, 0, _MAX_WHOLE), _whole(byte_offset, 0, _MAX_WHOLE)),
-        _whole(num_documents, 1, documents_per_chunk),
-        bytes.fromhex(digest),
-        _whole(num_samples, 0, MAX_SAMPLES_PER_CHUNK),
-    )
-
-
-def _whole(value: object, low: int, high: int) -> int:
-    _require(type(value) is int and low <= value <= high, f"{str(value)[:40]} is no whole number from {low} to {high}")
-    assert isinstance(value, int)
-    return value
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+    require(isinstance(digest, str) and len(digest) == 2 * DIGEST_BYTES, f"a digest must have {DIGEST_BYTES} bytes")
+    check_whole("file", file, 0, num_files - 1)
+    check_whole("document", document, 0, _MAX_WHOLE)
+    check_whole("byte_offset", byte_offset, 0, _MAX_WHOLE)
+    check_whole("num_documents", num_documents, 1, documents_per_chunk)
+    check_whole("num_samples", num_samples, 0, MAX_SAMPLES_PER_CHUNK)
+    return ManifestChunk(Place(file, document, byte_offset), num_documents, bytes.fromhex(digest), num_samples)
 
 
 def _digest(raw: bytes) -> bytes:

@@ -29,6 +29,11 @@ class Tokens:
     is_learned: NDArray[np.bool_]
     """[n]: whether the token is to be predicted from those before it."""
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether anything is to be learned."""
+        return bool(self.is_learned[1:].any())
+
     def num_samples(self, sequence_length: int) -> int:
         return count_samples(len(self.ids), sequence_length)
 

@@ -1,6 +1,7 @@
 """A run of members without a network: messages wait in a bag from which chance draws, loses and doubles them.
 
 Faults: crashes, freezes, partitions, false suspicions, joiners. `settle` ends all faults; after it the run must go on.
+`run_schedule(seed)` is one random world under random faults, checked.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from swarm.epoch import member
+from swarm.epoch.coordinator import Phase
 from swarm.epoch.ledger import Added, AddTag, Ledger
 from swarm.epoch.member import Member
 from swarm.epoch.messages import Commit, Place, Rules, UnitResult
@@ -27,6 +29,8 @@ class Faults:
     lose: float = 0.0
     double: float = 0.0
     crash: float = 0.0
+    crash_busy_leader: float = 0.0
+    """Of one that runs the round or hands out a Commit, which are short."""
     freeze: float = 0.0
     partition: float = 0.0
     suspect: float = 0.0
@@ -68,6 +72,8 @@ class World:
         self.sums: dict[tuple[bytes, int], Counter[int]] = {}
         self.fired: Counter[str] = Counter()
         self.max_epoch = 0
+        self.num_deliveries = 0
+        self.poison = 0.0
         self.plant: Callable[[Process, Counter[int]], None] = lambda process, total: None
         roster = {f"n{next(self.names)}": stage for stage in range(stages) for _ in range(replicas)}
         roster |= {f"t{next(self.names)}": stages for _ in range(trainers)}
@@ -88,6 +94,7 @@ class World:
     # Running.
 
     def run(self, steps: int, faults: Faults) -> None:
+        self.poison = faults.poison
         for _ in range(steps):
             self._break_something(faults)
             if self.bag and self.dice.random() < 0.9:
@@ -97,6 +104,7 @@ class World:
 
     def settle(self, epochs: int = 2, max_steps: int = 60_000) -> bool:
         """End all faults; whether the run then takes so many epochs more."""
+        self.poison = 0.0
         for name, process in self.processes.items():
             self.groups[name] = 0
             process.frozen = False
@@ -114,8 +122,7 @@ class World:
             if step % 5000 == 4999:  # processes look for lost peers again and again
                 for name in list(self.processes):
                     self._meet_everybody(name)
-            places = {p.member.place for p in self.processes.values()}
-            if len(places) == 1 and next(iter(places)).epoch >= target:
+            if step % 20 == 0 and self._are_all_at(target):
                 return True
         # Nobody keeps what is nowhere: crashes and partitions may take a stage's last state of the longest history.
         longest = max(p.member.place.epoch for p in self.processes.values())
@@ -128,7 +135,12 @@ class World:
             return True
         return False
 
+    def _are_all_at(self, target: int) -> bool:
+        first, *others = (p.member.place for p in self.processes.values())
+        return first.epoch >= target and all(place == first for place in others)
+
     def _deliver(self, faults: Faults) -> None:
+        self.num_deliveries += 1
         index = self.dice.randrange(len(self.bag))
         delivery = self.bag[index]
         if id(delivery) in self.unreliable and self.dice.random() < faults.double:
@@ -177,24 +189,11 @@ class World:
     def _break_something(self, faults: Faults) -> None:
         draw = self.dice.random
         if draw() < faults.crash:
-            name = self._any_name()
-            process = self.processes[name]
-            twins = [
-                p
-                for n, p in self.processes.items()
-                if n != name
-                and p.stage == process.stage
-                and p.member.place == process.member.place
-                and not p.member.is_downloading
-            ]
-            if twins or process.member.is_downloading:
-                self.fired["crash"] += 1
-                if process.member.leader is not None:
-                    self.fired[f"crash of a leader while {process.member.leader.phase.value}"] += 1
-                del self.processes[name]
-                self._fail_exchanges(name)
-                for other in self.processes:
-                    self.bag.append(lambda other=other: self._feed(other, member.Lost(name)))
+            self._crash_if_others_are_there(self._any_name())
+        if draw() < faults.crash_busy_leader:
+            busy = [name for name in self.leaders() if self.processes[name].member.leader.phase is not Phase.COLLECTING]
+            if busy:
+                self._crash_if_others_are_there(self.dice.choice(busy))
         if draw() < faults.freeze:
             name = self._any_name()
             self.processes[name].frozen = not self.processes[name].frozen
@@ -229,6 +228,32 @@ class World:
             self._join()
         if draw() < faults.break_exchange:
             self._fail_exchanges(self._any_name())
+
+    def leaders(self) -> list[str]:
+        return [name for name, process in self.processes.items() if process.member.leader is not None]
+
+    def crash(self, name: str) -> None:
+        """A process is gone; everybody learns it some time."""
+        leader = self.processes[name].member.leader
+        self.fired["crash" if leader is None else f"crash of a leader, {leader.phase.value}"] += 1
+        del self.processes[name]
+        self._fail_exchanges(name)
+        for other in self.processes:
+            self.bag.append(lambda other=other: self._feed(other, member.Lost(name)))
+
+    def _crash_if_others_are_there(self, name: str) -> None:
+        """At the same place and of the same stage: what nobody else has nobody can bring back."""
+        process = self.processes[name]
+        twins = [
+            p
+            for n, p in self.processes.items()
+            if n != name
+            and p.stage == process.stage
+            and p.member.place == process.member.place
+            and not p.member.is_downloading
+        ]
+        if twins or process.member.is_downloading:
+            self.crash(name)
 
     def _meet_everybody(self, name: str) -> None:
         for other in list(self.processes):
@@ -298,7 +323,9 @@ class World:
             self._feed(trainer, member.Ran(run.unit, run.serial, (), UnitResult(run.unit, 5, 1.0)))
             return
         if stage < 0:
-            loss = float("nan") if self.dice.random() < self.poison else 1.0 + run.unit
+            is_poisoned = self.dice.random() < self.poison
+            self.fired["poison"] += is_poisoned
+            loss = float("nan") if is_poisoned else 1.0 + run.unit
             result = UnitResult(run.unit, 10 + run.unit, loss)
             ids = tuple(ledgers[s] for s in range(self.rules.ends_stage))
             self._feed(trainer, member.Ran(run.unit, run.serial, ids, result))
@@ -322,8 +349,6 @@ class World:
             lambda: self._hop(trainer, run, place, stage, ledgers),
             lambda: self._feed(trainer, member.DidNotRun(run.unit, run.serial, "", "no answer")),
         )
-
-    poison = 0.0
 
     def _average(self, name: str, process: Process, action: member.Average) -> None:
         group = tuple(m.peer for m in action.group)
@@ -355,6 +380,7 @@ class World:
         for other, process in self.processes.items():
             key = process.averaging
             if key is not None and key[1:3] not in process.held and other != name and name in key[4]:
+                self.fired["broken exchange"] += 1
                 event = member.NotAveraged(key[1], key[2], frozenset({name}))
                 self.bag.append(lambda other=other, event=event: self._feed(other, event))
 
@@ -397,7 +423,7 @@ class World:
     # What must hold.
 
     def check(self) -> None:
-        """Every unit exactly once in every stage's committed sum; nobody followed two Commits of one epoch."""
+        """Every unit exactly once in every stage's committed sum; nobody followed two Commits of one epoch; histories are chains."""
         for lineage, commit in self.committed.items():
             if commit.is_skipped:
                 continue
@@ -406,13 +432,78 @@ class World:
                 total = self.sums[lineage, stage]
                 expected = Counter(range(self.rules.num_units))
                 assert total == expected, f"epoch {commit.epoch}, stage {stage}: {total}"
-            assert commit.num_loss_tokens == sum(10 + u for u in range(self.rules.num_units))
+            units = range(self.rules.num_units)
+            assert commit.num_loss_tokens == sum(10 + unit for unit in units)
+            assert commit.loss_sum == sum(1.0 + unit for unit in units)
+            num_eval_units = len(self.rules.units_of(commit.epoch)) - self.rules.num_units
+            assert (commit.num_eval_tokens, commit.eval_loss_sum) == (5 * num_eval_units, 1.0 * num_eval_units)
         for one, other in itertools.combinations(self.committed.values(), 2):
             if one.parent == other.parent:
                 both = self.followers[one.lineage] & self.followers[other.lineage]
                 assert not both, f"{both} followed two Commits of epoch {one.epoch}"
 
+        for name, process in self.processes.items():
+            if process.member.is_downloading:
+                continue
+            line = [START.lineage, *process.history]
+            assert process.member.place == Place(len(process.history), line[-1]), f"{name} is not where it stepped to"
+            for parent, lineage in itertools.pairwise(line):
+                assert self.committed[lineage].parent == parent, f"{name} has a gap in its history"
+
+    def tally(self) -> Counter[str]:
+        """What happened."""
+        parents = Counter(commit.parent for commit in self.committed.values())
+        num_skipped = sum(commit.is_skipped for commit in self.committed.values())
+        counts = {
+            "epochs": self.max_epoch,
+            "deliveries": self.num_deliveries,
+            "commits": len(self.committed),
+            "skipped steps": num_skipped,
+            "commits beside another": sum(count - 1 for count in parents.values()),
+            "commits of a later term": sum(commit.term.number > 1 for commit in self.committed.values()),
+            "commits of a later attempt": sum(commit.attempt > 0 for commit in self.committed.values()),
+            "downloads": sum(process.num_downloads for process in self.processes.values()),
+        }
+        return Counter(counts) + self.fired
+
 
 FAULTS = Faults(
-    lose=0.03, double=0.05, crash=0.002, freeze=0.004, partition=0.002, suspect=0.004, join=0.004, break_exchange=0.004
+    lose=0.03,
+    double=0.05,
+    crash=0.002,
+    crash_busy_leader=0.01,
+    freeze=0.004,
+    partition=0.002,
+    suspect=0.004,
+    join=0.004,
+    break_exchange=0.02,
 )
+
+
+def random_world(seed: int) -> World:
+    """Of up to twelve processes, with and without evaluation."""
+    dice = random.Random(seed)
+    rules = {"num_eval_units": dice.randint(1, 3), "eval_every": dice.randint(1, 3)} if dice.random() < 0.3 else {}
+    return World(
+        seed,
+        stages=dice.randint(1, 3),
+        replicas=dice.randint(1, 3),
+        trainers=dice.randint(1, 3),
+        units=dice.randint(1, 7),
+        **rules,
+    )
+
+
+def run_schedule(seed: int, *, max_settle_steps: int = 60_000) -> World:
+    """One random schedule, checked. AssertionError with the seed if anything is wrong."""
+    dice = random.Random(~seed)
+    faults = replace(FAULTS, poison=0.05) if dice.random() < 0.2 else FAULTS
+    try:
+        world = random_world(seed)
+        world.run(dice.randint(100, 700), faults)
+        world.check()
+        assert world.settle(max_steps=max_settle_steps), "the run does not go on after all faults have ended"
+        world.check()
+    except Exception as error:
+        raise AssertionError(f"schedule with seed {seed}: {type(error).__name__}: {error}") from error
+    return world

@@ -41,6 +41,7 @@ class ForkServer:
     """The side of the tests. fork() may be called by one thread at a time."""
 
     def __init__(self, env: dict[str, str]) -> None:
+        self.env = env
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._popen = subprocess.Popen(

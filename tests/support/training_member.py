@@ -7,7 +7,8 @@ DUMP (a file, *.pt) gets the weights by name at the end of the run. FAULT (JSON)
     sent:Commit                         after it has left
     hop:1                               a trainer's backward at stage 1 is done
     added                               a gradient went into a node's ledger
-and actions SIGKILL, SIGSTOP, nan (the averaged vector), and so on. The fault is written to TRACE first, and synced.
+and actions SIGKILL, SIGSTOP. It fires once, at the n-th such event or later, in the first member that creates the file "token";
+it is written to TRACE first, and synced.
 """
 
 from __future__ import annotations
@@ -38,10 +39,19 @@ def trace(**fields: Any) -> None:
         os.fsync(file.fileno())
 
 
+def claim() -> bool:
+    """Whether the fault is ours: it fires once, in whichever of the members that it was planted in gets there first."""
+    try:
+        os.close(os.open(fault["token"], os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
 def happens(event: str) -> bool:
     """Whether the planted fault is due at this event; signals are sent at once."""
     counts[event] += 1
-    if fault.get("on") != event or counts[event] != fault["at"]:
+    if fault.get("on") != event or counts[event] < fault["at"] or not claim():
         return False
     trace(fault=fault["action"], on=event, at=counts[event])
     if fault["action"].startswith("SIG"):
@@ -54,15 +64,14 @@ class TracedLinks(links.Links):
         kind = type(message).__name__
         happens(f"send:{kind}")
         super().send(peer_id, message)
-        if fault.get("on") == f"sent:{kind}":
-            counts[f"sent:{kind}"] += 1
-            if counts[f"sent:{kind}"] == fault["at"]:
-                asyncio.get_running_loop().create_task(self._strike(kind))
+        if fault.get("on") == f"sent:{kind}" and self._strike is None:
+            self._strike = asyncio.get_running_loop().create_task(self._strike_when_sent(kind))
 
-    async def _strike(self, kind: str) -> None:
+    _strike: asyncio.Task[None] | None = None
+
+    async def _strike_when_sent(self, kind: str) -> None:
         await self.flush(5)
         await asyncio.sleep(0.05)  # p2pd has to pass it on before it dies with us
-        counts[f"sent:{kind}"] = fault["at"] - 1
         happens(f"sent:{kind}")
 
 

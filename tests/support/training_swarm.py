@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from transformers import AutoConfig
 
 from swarm.run_creation import create_run
 from swarm.run_store import RunStore
+from swarm.training.initial import RandomCheckpoint
 from tests.support.models import TINY, tiny_tokenizer
 from tests.support.processes import LocalSwarm, Process
 
@@ -39,6 +41,12 @@ class TrainingSwarm:
     members: list[Process] = field(default_factory=list)
 
     @property
+    def base_prefix(self) -> str:
+        """Name of the base model in the whole one."""
+        config = self.store.spec.config
+        return str(RandomCheckpoint(config, 0, "prefix")._model.base_model_prefix)
+
+    @property
     def run_id(self) -> str:
         return self.store.run_id.hex()
 
@@ -58,7 +66,7 @@ class TrainingSwarm:
             "SHARDSWARM_CACHE": str(self.folder / "cache"),
             "TRACE": str(self.folder / f"{name}.trace"),
             "DUMP": str(self.folder / f"{name}.pt"),
-            "FAULT": json.dumps(fault),
+            "FAULT": json.dumps(fault and {"at": 1, "token": str(self.folder / "token"), **fault}),
             **self.swarm.env,
             **env,
         }
@@ -73,6 +81,10 @@ class TrainingSwarm:
     def trace_of(self, member: Process) -> list[dict[str, Any]]:
         path = member.log_path.with_suffix(".trace")
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def victim(self) -> Process | None:
+        """The member in which the fault fired."""
+        return next((member for member in self.members if self.faults_of(member)), None)
 
     def steps_of(self, member: Process) -> dict[int, dict[str, Any]]:
         """What a member wrote at each step."""
@@ -129,3 +141,19 @@ def make_run(
         text += f"[{section}]\n" + "\n".join(entries) + "\n"
     (folder / "run.toml").write_text(text)
     return create_run(folder / "run.toml", identity_path=folder / "owner", cache_dir=folder / "cache")
+
+
+def weights_of_run(training: TrainingSwarm, nodes: Sequence[Process], trainer: Process) -> dict[str, Tensor]:
+    """All weights by their names in the whole model. nodes: one of each stage."""
+    whole = training.weights_of(trainer)
+    for node, span in zip(nodes, training.store.spec.stages, strict=True):
+        for name, tensor in training.weights_of(node).items():
+            before, number, rest = re.split(r"\.(\d+)\.", name, maxsplit=1)
+            whole[f"{training.base_prefix}.{before}.{span.start + int(number)}.{rest}"] = tensor
+    return whole
+
+
+def largest_error(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Over all tensors: norm of the difference by norm of the tensor."""
+    assert weights.keys() == expected.keys()
+    return max(float((weights[n] - t).norm() / t.norm().clamp_min(1e-12)) for n, t in expected.items())

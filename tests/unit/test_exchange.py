@@ -50,6 +50,7 @@ def joined(buffers):
 parts_of = st.lists(st.integers(0, 300_000), min_size=1, max_size=6).filter(any)
 
 
+@settings(deadline=None)
 @given(parts_of, st.sampled_from(WireFormat))
 def test_chunks_cover_every_position_once_and_each_fits_a_frame(parts, wire):
     plan = plan_of(parts, wire)
