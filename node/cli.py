@@ -24,6 +24,7 @@ from swarm.flags import (
 
 MIB = 2**20
 _FIELD_OF = {
+    "run": "run_id",
     "relay": "use_relay",
     "session_idle": "session_idle_s",
     "stash_expiry": "stash_expiry_s",
@@ -41,9 +42,7 @@ def cli() -> None:
 @cli.command(context_settings={"auto_envvar_prefix": "SHARDSWARM_NODE", "show_default": True})
 @config_option
 @click.option("--model", default="", help="Alias (smollm2-135m), hub id, directory or GGUF file.")
-@click.option(
-    "--run", "run_id", type=RunIdType(), help="Train a stage of this run instead of serving a model's blocks."
-)
+@click.option("--run", type=RunIdType(), help="Train a stage of this run instead of serving a model's blocks.")
 @initial_peers_option(required=False)
 @click.option("--blocks", type=BlocksType(), help="Blocks to host. Default: those that the swarm serves worst.")
 @click.option(

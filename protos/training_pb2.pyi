@@ -120,7 +120,7 @@ class Lead(_message.Message):
     def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ..., term: _Optional[_Union[Term, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("place", "term", "stage", "ledger_id", "units", "capacity", "results", "rate")
+    __slots__ = ("place", "term", "stage", "ledger_id", "units", "capacity", "results", "rate", "early_ledger_id")
     PLACE_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -129,6 +129,7 @@ class Hello(_message.Message):
     CAPACITY_FIELD_NUMBER: _ClassVar[int]
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     RATE_FIELD_NUMBER: _ClassVar[int]
+    EARLY_LEDGER_ID_FIELD_NUMBER: _ClassVar[int]
     place: Place
     term: Term
     stage: int
@@ -137,7 +138,8 @@ class Hello(_message.Message):
     capacity: int
     results: _containers.RepeatedCompositeFieldContainer[UnitResult]
     rate: int
-    def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ..., term: _Optional[_Union[Term, _Mapping]] = ..., stage: _Optional[int] = ..., ledger_id: _Optional[int] = ..., units: _Optional[_Iterable[int]] = ..., capacity: _Optional[int] = ..., results: _Optional[_Iterable[_Union[UnitResult, _Mapping]]] = ..., rate: _Optional[int] = ...) -> None: ...
+    early_ledger_id: int
+    def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ..., term: _Optional[_Union[Term, _Mapping]] = ..., stage: _Optional[int] = ..., ledger_id: _Optional[int] = ..., units: _Optional[_Iterable[int]] = ..., capacity: _Optional[int] = ..., results: _Optional[_Iterable[_Union[UnitResult, _Mapping]]] = ..., rate: _Optional[int] = ..., early_ledger_id: _Optional[int] = ...) -> None: ...
 
 class Redirect(_message.Message):
     __slots__ = ("place", "term")

@@ -139,6 +139,7 @@ def chat(max_length: int, system_prompt: str | None, **flags: Any) -> None:
 @cli.command()
 @initial_peers_option(required=True)
 @click.option("--model", help="Only nodes that serve a model of this name.")
+@click.option("--run", "run_id", type=RunIdType(), help="The members of this training run, and how far it is.")
 @click.option(
     "--timeout", "timeout_s", type=click.FloatRange(min=0.1), default=15.0, show_default=True, metavar="SECONDS"
 )
@@ -146,9 +147,29 @@ def chat(max_length: int, system_prompt: str | None, **flags: Any) -> None:
 @click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning", show_default=True
 )
-def status(initial_peers: tuple[str, ...], model: str | None, timeout_s: float, as_json: bool, log_level: str) -> None:
-    """Who serves which blocks, how fast, since when."""
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where runs are kept.")
+def status(
+    initial_peers: tuple[str, ...],
+    model: str | None,
+    run_id: bytes | None,
+    timeout_s: float,
+    as_json: bool,
+    log_level: str,
+    cache_dir: Path | None,
+) -> None:
+    """Who serves which blocks, how fast, since when; with --run, who trains which stage."""
+    if model and run_id:
+        raise click.UsageError("--model and --run ask for different things: give one of them")
     configure_logging(log_level)
+    if run_id is not None:
+        from swarm.client.run_status import fetch_run_status, status_as_json, status_as_table
+
+        found = fetch_run_status(run_id, initial_peers, timeout_s, cache_dir)
+        if as_json:
+            click.echo(json.dumps(status_as_json(found, initial_peers[0], time.time())))
+        else:
+            status_as_table(found, initial_peers[0], sys.stdout)
+        return
     from swarm.client.status import fetch_records, records_as_json, records_as_table
 
     records = fetch_records(initial_peers, model, timeout_s)

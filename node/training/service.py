@@ -16,11 +16,11 @@ from torch import Tensor
 
 from node.executor import Executor
 from node.job_queue import JobKind
-from node.stash import Stash, StashEntry
-from node.training.stage import TrainableStage
+from node.stash import Stash
+from node.training.stage import TrainableStage, TrainingEntry
 from protos import node_pb2
 from swarm.epoch.ledger import Added, AddTag
-from swarm.epoch.messages import Place, Term
+from swarm.epoch.messages import EARLY, Place, Term
 from swarm.errors import BadRequest, SwarmError
 from swarm.messages import (
     MAX_HEADER_BYTES,
@@ -137,10 +137,12 @@ class StageService:
         self._check_place(place)
         hidden, samples = self._checked_input(request, tensors)
 
-        def compute() -> tuple[StashEntry | None, Tensor]:
+        def compute() -> tuple[TrainingEntry | None, Tensor]:
             self._check_place(place)
-            if not request.wants_gradients:
+            if not request.wants_gradients:  # evaluations are of the weights as they are
+                self._stage.parameters.show(previous=False)
                 return None, self._stage.forward(hidden)
+            self._stage.parameters.show(previous=request.unit < EARLY)
             entry = self._stage.differentiable(hidden, samples)
             return entry, entry.output.detach()
 
@@ -162,16 +164,16 @@ class StageService:
         self._check_place(tag.place)
         if not tensors:
             raise BadRequest("a backward needs a gradient")
-        entry = self.stash.take(peer, _stash_key(request.lineage, request.unit), time.monotonic())
-        if entry is None and not request.HasField("again"):
-            raise Refused(
-                node_pb2.THE_MICROBATCH_IS_UNKNOWN, "nothing is kept of this microbatch; send its input again"
-            )
-        ledger, gradient_sum = self._membership.ledger, self._membership.gradient
+        stashed = self.stash.take(peer, _stash_key(request.lineage, request.unit), time.monotonic())
+        entry = stashed if isinstance(stashed, TrainingEntry) else None
 
         def compute() -> tuple[Tensor, Added, bool]:
             self._check_place(tag.place)
-            kept = entry or self._stage.differentiable(*self._checked_input(request.again, tensors[1:]))
+            found = self._membership.ledger_of(tag.ledger_id)
+            if found is None:
+                raise _outdated("this node keeps another ledger by now")
+            ledger, gradient_sum = found
+            kept = self._fresh(entry) or self._again(request, tensors)
             gradient = TensorLimits(FLOATING, tuple(kept.output.shape), "gradient").check(tensors[0])
             if ledger.accepts(tag) is Added.OUTDATED:
                 raise _outdated("this node obeys another leader or keeps another ledger by now")
@@ -188,6 +190,21 @@ class StageService:
         self.num_added += added is Added.NOW
         done = node_pb2.StageBackwardDone(unit=request.unit, was_in_ledger=added is Added.BEFORE, is_finite=is_finite)
         return encode_message(node_pb2.Reply(stage_backward=done), [result], wire_format_of(message.tensors[0]))
+
+    def _fresh(self, entry: TrainingEntry | None) -> TrainingEntry | None:
+        """An entry of the weights that are shown now; it is too late for others."""
+        is_fresh = entry is not None and entry.weights_version == self._stage.parameters.version
+        return entry if is_fresh else None
+
+    def _again(self, request: node_pb2.StageBackward, tensors: list[Tensor]) -> TrainingEntry:
+        """The forward once more, from the input that came with the gradient."""
+        if not request.HasField("again"):
+            raise Refused(
+                node_pb2.THE_MICROBATCH_IS_UNKNOWN, "nothing is kept of this microbatch; send its input again"
+            )
+        hidden, samples = self._checked_input(request.again, tensors[1:])
+        self._stage.parameters.show(previous=request.unit < EARLY)
+        return self._stage.differentiable(hidden, samples)
 
     def _check_place(self, place: Place) -> None:
         own = self._membership.weights_at[0]

@@ -36,19 +36,14 @@ class TrainingEntry(StashEntry):
 class TrainableStage:
     """float32 master weights; computes in the run's precision."""
 
-    def __init__(
-        self, source: BlockSource, spec: RunSpec, stage: int, device: str = "cpu", *, is_delayed: bool = False
-    ) -> None:
-        """Loads the run's initial weights. Raises UserError if they are not those that the spec names.
-
-        is_delayed: steps do not change what is computed here until parameters.refresh().
-        """
+    def __init__(self, source: BlockSource, spec: RunSpec, stage: int, device: str = "cpu") -> None:
+        """Loads the run's initial weights. Raises UserError if they are not those that the spec names."""
         self.span = spec.stages[stage]
         tensors = source.load_blocks(self.span)
         check_initial(spec, stage, tensors)
         source = _with_dropout(source, spec.dropout)
         self.model = SpanModel(source, self.span, dtype=torch.float32, device=device, state_dict=tensors)
-        self.parameters = StageParameters(self.model.named_parameters(), spec.optimizer, is_delayed=is_delayed)
+        self.parameters = StageParameters(self.model.named_parameters(), spec.optimizer, is_delayed=spec.delay > 0)
         self._spec = spec
         if spec.precision is Precision.BF16:
             self.model.autocast_dtype = torch.bfloat16

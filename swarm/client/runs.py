@@ -25,7 +25,7 @@ def publish_run(store: RunStore, initial_peers: Sequence[str], timeout_s: float)
         return await directory.publish_run(store.raw, lifetime_s=MAX_LIFETIME_S)
 
     try:
-        taken = _in_directory(initial_peers, timeout_s, publish)
+        taken = in_directory(initial_peers, timeout_s, publish)
     except UserError as error:
         raise UserError(f"run {store.run_id.hex()} is kept here but was not published: {error}") from error
     if not taken:
@@ -40,14 +40,15 @@ def fetch_run(run_id: bytes, initial_peers: Sequence[str], timeout_s: float, cac
         raise UserError(
             f"run {run_id.hex()} is not kept on this machine: give --initial-peers to look for it in the swarm"
         )
-    return _in_directory(
+    return in_directory(
         initial_peers, timeout_s, lambda directory: find_run(directory, run_id, cache_dir, patience_s=0.0)
     )
 
 
-def _in_directory(
+def in_directory(
     initial_peers: Sequence[str], timeout_s: float, ask: Callable[[Directory], Awaitable[Answer]]
 ) -> Answer:
+    """What `ask` finds in the DHT, joined as a client. Raises JoinFailed, RouteBroken if it takes too long, or as `ask`."""
     config = ClientConfig(model="any", initial_peers=tuple(initial_peers), join_timeout_s=timeout_s)
 
     async def run() -> Answer:

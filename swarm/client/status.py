@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
-from swarm.client.config import ClientConfig
-from swarm.client.connect import open_directory
-from swarm.errors import RouteBroken
+from swarm.client.runs import in_directory
+from swarm.p2p.directory import Directory
 from swarm.records import ShardRecord, ShardState
 from swarm.routing import missing_spans
 from swarm.span import Span
@@ -17,22 +15,11 @@ from swarm.span import Span
 
 def fetch_records(initial_peers: Sequence[str], model: str | None, timeout_s: float) -> list[ShardRecord]:
     """Records of the whole swarm, or of the nodes that serve a model of this name. Raises JoinFailed or RouteBroken in time."""
-    config = ClientConfig(model=model or "any", initial_peers=tuple(initial_peers), join_timeout_s=timeout_s)
 
-    async def fetch() -> list[ShardRecord]:
-        async with open_directory(config) as (_, directory):
-            try:
-                async with asyncio.timeout(timeout_s):
-                    return await (directory.find_name(model) if model else directory.find_all())
-            except TimeoutError:
-                raise RouteBroken(
-                    f"the directory did not answer within {timeout_s:.0f} s; try another initial peer"
-                ) from None
+    async def fetch(directory: Directory) -> list[ShardRecord]:
+        return await (directory.find_name(model) if model else directory.find_all())
 
-    import uvloop
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(fetch())
+    return in_directory(initial_peers, timeout_s, fetch)
 
 
 def _by_model(records: Iterable[ShardRecord]) -> dict[tuple[str, bytes], list[ShardRecord]]:

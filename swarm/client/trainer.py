@@ -23,9 +23,9 @@ from torch import Tensor
 from swarm.client.config import ClientConfig
 from swarm.client.stage_hop import StageHops, StageTask
 from swarm.client.trainer_config import TrainerConfig
-from swarm.client.training_ends import TrainableEnds, sum_gradients
+from swarm.client.training_ends import HeadResult, TrainableEnds, sum_gradients
 from swarm.epoch import member as m
-from swarm.epoch.messages import Commit, Place, UnitResult
+from swarm.epoch.messages import EARLY, Commit, Place, UnitResult
 from swarm.errors import Outdated, SwarmError, UserError
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host, HostConfig, running_host
@@ -145,11 +145,18 @@ class Trainer:
     async def _through_all(self, order: m.Run, place: Place) -> UnitResult:
         """Forward through all stages, the loss, and backward. The gradient of the ends is kept until its AddEnds."""
         samples = samples_of(self.spec, place.epoch, order.unit)
-        is_eval = order.unit >= self.membership.member.rules.num_units
+        is_eval = self.membership.member.rules.num_units <= order.unit < EARLY
         source = self._sources.held_out if is_eval else self._sources.training
         assert source is not None
         batch = await asyncio.to_thread(source.batch, samples.start, len(samples))
-        embedded = await self.on_device(lambda: self.ends.embed(batch.input_ids))
+        # Evaluations are of the weights as they are, as are microbatches of the next epoch.
+        previous = order.unit < EARLY and not is_eval
+
+        def embed() -> Tensor:
+            self.ends.parameters.show(previous=previous)
+            return self.ends.embed(batch.input_ids)
+
+        embedded = await self.on_device(embed)
         inputs = [embedded.detach()]
         tasks = [
             StageTask(place, order.term, order.unit, stage, owner, samples.start)
@@ -160,9 +167,19 @@ class Trainer:
             with _blaming(task):
                 inputs.append(await self.hops.forward(task, addresses, inputs[-1], wants_gradients=not is_eval))
         if is_eval:
-            loss_sum, num_tokens = await self.on_device(lambda: self.ends.evaluate(inputs[-1], batch.labels))
+
+            def evaluate() -> tuple[float, int]:
+                self.ends.parameters.show(previous=False)
+                return self.ends.evaluate(inputs[-1], batch.labels)
+
+            loss_sum, num_tokens = await self.on_device(evaluate)
             return UnitResult(order.unit, num_tokens, loss_sum)
-        head = await self.on_device(lambda: self.ends.loss(inputs[-1], batch.labels))
+
+        def compute_loss() -> HeadResult:
+            self.ends.parameters.show(previous=previous)
+            return self.ends.loss(inputs[-1], batch.labels)
+
+        head = await self.on_device(compute_loss)
         not_finite = UnitResult(order.unit, head.num_tokens, math.nan)
         gradient = head.hidden_gradient
         if not (math.isfinite(head.loss_sum) and bool(torch.isfinite(gradient).all())):
@@ -173,7 +190,13 @@ class Trainer:
                 gradient, is_finite = await self.hops.backward(task, addresses, gradient, inputs[task.stage])
             if not is_finite:
                 return not_finite
-        of_embedding = await self.on_device(lambda: self.ends.embed_backward(embedded, gradient))
+
+        def embed_backward() -> list[Tensor | None]:
+            if not self.spec.delay:
+                return self.ends.embed_backward(embedded, gradient)
+            return self.ends.embed_backward(embed(), gradient)  # other weights may have been shown in between
+
+        of_embedding = await self.on_device(embed_backward)
         self._kept[order.unit] = sum_gradients(head.gradients, of_embedding)
         return UnitResult(order.unit, head.num_tokens, head.loss_sum)
 

@@ -38,15 +38,14 @@ class HeadResult:
 class TrainableEnds:
     """float32 master weights; computes in the run's precision."""
 
-    def __init__(self, source: BlockSource, spec: RunSpec, *, is_delayed: bool = False) -> None:
-        """Loads the run's initial weights. Raises UserError if they are not those that the spec names.
-
-        is_delayed: steps do not change what is computed here until parameters.refresh().
-        """
+    def __init__(self, source: BlockSource, spec: RunSpec) -> None:
+        """Loads the run's initial weights. Raises UserError if they are not those that the spec names."""
         tensors = source.load_ends()
         check_initial(spec, spec.ends_stage, tensors)
         self.ends = Ends(source)
-        self.parameters = StageParameters(self.ends.module.named_parameters(), spec.optimizer, is_delayed=is_delayed)
+        self.parameters = StageParameters(
+            self.ends.module.named_parameters(), spec.optimizer, is_delayed=spec.delay > 0
+        )
         self._is_bf16 = spec.precision is Precision.BF16
 
     def embed(self, input_ids_BT: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from swarm.epoch.messages import (
+    EARLY,
     Abort,
     Commit,
     Committed,
@@ -57,6 +58,7 @@ class Phase(enum.Enum):
 class _Peer:
     stage: int
     ledger_id: int
+    early_ledger_id: int
     capacity: int
     rate: int
 
@@ -182,6 +184,7 @@ class Coordinator:
         gone = self._peers.pop(peer, None)
         if gone is not None:
             letters += self._fence(gone.ledger_id)
+            self._counts.forget(gone.early_ledger_id)
             for unit, lease in list(self._leases.items()):
                 if lease.trainer == peer:
                     del self._leases[unit]
@@ -219,44 +222,46 @@ class Coordinator:
             return [(peer, self.commit)]
         if not 0 <= hello.stage < self.rules.num_stages:
             return [(peer, Excluded(self.place, self.term, f"there is no stage {hello.stage} in this run"))]
-        if hello.ledger_id in self._fenced:
-            return [(peer, Void(self.place, self.term, hello.ledger_id))]
+        for ledger_id in (hello.ledger_id, hello.early_ledger_id):
+            if ledger_id in self._fenced:
+                return [(peer, Void(self.place, self.term, ledger_id))]
         letters: list[Letter] = []
         known = self._peers.get(peer)
-        if known is not None and known.ledger_id != hello.ledger_id:
+        if known is not None and (known.ledger_id, known.early_ledger_id) != (hello.ledger_id, hello.early_ledger_id):
             letters += self.lose(peer)
         elif known is not None:
             known.capacity, known.rate = hello.capacity, hello.rate
             return self._go_on()
         results = {result.unit: result for result in hello.results if result.is_sound}
-        units = set(self.rules.units_of(self.place.epoch)[: self.rules.num_units])
         for unit in sorted(hello.units):
             is_counted = hello.stage != self.rules.ends_stage or unit in results
-            if unit not in units or (hello.stage, unit) in self._counts.held or not is_counted:
-                self._fenced.add(hello.ledger_id)
-                self._counts.forget(hello.ledger_id)
-                return [*letters, (peer, Void(self.place, self.term, hello.ledger_id))]
+            if not self._is_training(unit) or (hello.stage, unit) in self._counts.held or not is_counted:
+                ledger_id = hello.early_ledger_id if unit >= EARLY else hello.ledger_id
+                self._fenced.add(ledger_id)
+                return [*letters, (peer, Void(self.place, self.term, ledger_id))]
         for unit in hello.units:
-            self._counts.hold(hello.stage, unit, hello.ledger_id)
+            ledger_id = hello.early_ledger_id if unit >= EARLY else hello.ledger_id
+            self._counts.hold(hello.stage, unit, ledger_id)
             if hello.stage == self.rules.ends_stage:
                 self._results[unit] = results[unit]
-        self._peers[peer] = _Peer(hello.stage, hello.ledger_id, hello.capacity, hello.rate)
+        self._peers[peer] = _Peer(hello.stage, hello.ledger_id, hello.early_ledger_id, hello.capacity, hello.rate)
         self._waiting.discard(peer)
         return letters + self._go_on()
 
     def _on_done(self, peer: str, done: Done) -> list[Letter]:
         unit, trainer = done.result.unit, self._peers[peer]
-        if unit not in self.rules.units_of(self.place.epoch) or trainer.stage != self.rules.ends_stage:
+        is_known = self._is_training(unit) or unit in self.rules.units_of(self.place.epoch)
+        if not is_known or trainer.stage != self.rules.ends_stage:
             return self.exclude(peer, f"it told of microbatch {unit}, which it cannot have run")
         lease = self._leases.get(unit)
         if lease is not None and (lease.trainer, lease.serial) == (peer, done.serial):
             del self._leases[unit]
-        if unit >= self.rules.num_units:
+        if not self._is_training(unit):
             if done.result.is_sound:
                 self._results.setdefault(unit, done.result)
             return [(peer, Confirm(self.place, self.term, unit, done.ends_ledger, False)), *self._go_on()]
         letters: list[Letter] = []
-        if self.phase is Phase.COLLECTING:
+        if self.phase is Phase.COLLECTING or unit >= EARLY:
             if not done.result.is_sound and not self._is_done(unit):
                 self._poisoned.add(unit)
             for stage, ledger_id in enumerate(done.ledgers[: self.rules.ends_stage]):
@@ -267,14 +272,15 @@ class Coordinator:
 
     def _confirm(self, peer: str, trainer: _Peer, done: Done) -> list[Letter]:
         unit, key = done.result.unit, (self.rules.ends_stage, done.result.unit)
-        if done.ends_ledger != trainer.ledger_id:
+        ledger_id = trainer.early_ledger_id if unit >= EARLY else trainer.ledger_id
+        if done.ends_ledger != ledger_id:
             return [(peer, Void(self.place, self.term, done.ends_ledger))]
         holder = self._counts.held.get(key)
         if holder is None and unit not in self._poisoned:
-            self._counts.hold(*key, trainer.ledger_id)
+            self._counts.hold(*key, ledger_id)
             self._results[unit] = done.result
-        is_first = self._counts.held.get(key) == trainer.ledger_id
-        return [(peer, Confirm(self.place, self.term, unit, trainer.ledger_id, is_first))]
+        is_first = self._counts.held.get(key) == ledger_id
+        return [(peer, Confirm(self.place, self.term, unit, ledger_id, is_first))]
 
     def _on_failed(self, peer: str, failed: Failed) -> list[Letter]:
         lease = self._leases.get(failed.unit)
@@ -326,24 +332,41 @@ class Coordinator:
 
     def _go_on(self) -> list[Letter]:
         """Lease what is missing, or run the round when nothing is."""
-        if self.phase is not Phase.COLLECTING or self._waiting or self.place.epoch >= self.rules.num_epochs:
+        if self.phase is Phase.COMMITTED or self._waiting or self.place.epoch >= self.rules.num_epochs:
             return []
+        if self.phase is Phase.ROUND:
+            return self._lease_early()
         needed = self.rules.min_replicas if self.place.epoch == 0 else 1
         if any(self.num_peers[stage] < needed for stage in range(self.rules.num_stages)):
             return []
         missing = [unit for unit in self.rules.units_of(self.place.epoch) if not self._is_done(unit)]
         if missing:
             return self._lease([unit for unit in missing if unit not in self._leases])
-        if self._poisoned:
+        if any(unit < EARLY for unit in self._poisoned):
             self._group = dict(self._peers)
             return self._decide(())
         self.phase = Phase.ROUND
         self._group = {peer: replace(view) for peer, view in self._peers.items()}
         self._reports = {}
-        return self._prepare()
+        return [*self._prepare(), *self._lease_early()]
+
+    def _lease_early(self) -> list[Letter]:
+        """Begin with the next epoch, where the run allows its gradients to be computed before this one's step."""
+        if not self.rules.delay or self.place.epoch + 1 >= self.rules.num_epochs:
+            return []
+        if any(stage not in self.num_peers for stage in range(self.rules.num_stages)):
+            return []
+        units = range(EARLY, EARLY + self.rules.num_units)
+        return self._lease([unit for unit in units if unit not in self._leases and not self._is_done(unit)])
+
+    def _is_training(self, unit: int) -> bool:
+        """Whether a unit is one of the epoch's, or an early one of the next, and no held-out data."""
+        if unit >= EARLY:
+            return bool(self.rules.delay) and unit < EARLY + self.rules.num_units
+        return unit < self.rules.num_units
 
     def _is_done(self, unit: int) -> bool:
-        if unit >= self.rules.num_units:
+        if not self._is_training(unit):
             return unit in self._results
         return unit in self._poisoned or all(
             (stage, unit) in self._counts.held for stage in range(self.rules.num_stages)
@@ -373,13 +396,17 @@ class Coordinator:
 
     def _choose_owner(self, stage: int, unit: int, under_way: Counter[int]) -> Owner:
         """The owner that the unit has, or the replica with the fewest microbatches under way: who is faster gets more."""
-        ledgers = {view.ledger_id: peer for peer, view in self._peers.items() if view.stage == stage}
+        ledgers = {
+            view.early_ledger_id if unit >= EARLY else view.ledger_id: peer
+            for peer, view in self._peers.items()
+            if view.stage == stage
+        }
         ledger_id = self._counts.owner.get((stage, unit))
         if ledger_id not in ledgers:
             ledger_id = min(
                 ledgers, key=lambda one: (under_way[one], len(self._counts.held_by.get(one, ())), ledgers[one])
             )
-            if unit < self.rules.num_units:
+            if self._is_training(unit):
                 self._counts.owner[stage, unit] = ledger_id
         return Owner(ledgers[ledger_id], ledger_id)
 
@@ -439,7 +466,7 @@ class Coordinator:
         norm = math.sqrt(sum(squares.values())) / max(num_tokens, 1) if digests else 0.0
         is_skipped = not digests or not math.isfinite(norm)
         of_data = [r for unit, r in self._results.items() if unit < self.rules.num_units]
-        of_eval = [r for unit, r in self._results.items() if unit >= self.rules.num_units]
+        of_eval = [r for unit, r in self._results.items() if self.rules.num_units <= unit < EARLY]
         self.commit = Commit(
             epoch=self.place.epoch,
             parent=self.place.lineage,

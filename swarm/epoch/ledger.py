@@ -50,6 +50,12 @@ class Ledger:
             self._place, self._term = place, NO_TERM
             self._reset()
 
+    def promote(self, place: Place, offset: int) -> None:
+        """What was added early, under numbers raised by offset, is the epoch's now. As open, but nothing is forgotten."""
+        with self._lock:
+            self._place, self._term, self._is_frozen = place, NO_TERM, False
+            self.units = {unit - offset for unit in self.units}
+
     def void(self) -> None:
         """Empty, in the same epoch and term, under a new id."""
         with self._lock:

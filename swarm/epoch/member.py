@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from swarm.epoch.coordinator import Coordinator, Letter, Phase
 from swarm.epoch.ledger import Ledger
 from swarm.epoch.messages import (
+    EARLY,
     NO_TERM,
     Abort,
     Commit,
@@ -158,9 +159,10 @@ class StopRunning:
 
 @dataclass(frozen=True, slots=True)
 class AddEnds:
-    """Add the kept gradient of the ends of this microbatch to the sum (is_first), or forget it."""
+    """Add the kept gradient of the ends of this microbatch to the sum of this ledger (is_first), or forget it."""
 
     unit: int
+    ledger_id: int
     is_first: bool
 
 
@@ -228,10 +230,12 @@ class Member:
         place: Place,
         members: Mapping[str, int],
         *,
+        early: Ledger | None = None,
         capacity: int = 0,
     ) -> None:
-        """members: peer and stage of those who are known to take part. capacity: microbatches that a trainer runs at once."""
+        """early: a second ledger, for runs with delay. members: peer and stage of those who are known to take part. capacity: microbatches that a trainer runs at once."""
         self.me, self.stage, self.rules, self.ledger, self.capacity = me, stage, rules, ledger, capacity
+        self.early = early
         self.place = place
         self.known: dict[str, int] = {**members, me: stage}
         self.lost: set[str] = set()
@@ -255,7 +259,15 @@ class Member:
         self._results: dict[int, UnitResult] = {}
         self._actions: list[Action] = []
         self._to_self: collections.deque[Message] = collections.deque()
-        ledger.open(place)
+        for one in self._ledgers:
+            one.open(place)
+
+    @property
+    def _ledgers(self) -> list[Ledger]:
+        return [self.ledger] if self.early is None else [self.ledger, self.early]
+
+    def _ledger_for(self, unit: int) -> Ledger:
+        return self.early if unit >= EARLY and self.early is not None else self.ledger
 
     def apply(self, event: Event) -> list[Action]:
         """What to do now."""
@@ -307,22 +319,32 @@ class Member:
 
     # Who leads.
 
-    def _enter(self, place: Place, commit: Commit | None, members: Mapping[str, int]) -> None:
-        """Be at a place, at the start of its epoch."""
+    def _enter(
+        self, place: Place, commit: Commit | None, members: Mapping[str, int], *, keeps_early: bool = False
+    ) -> None:
+        """Be at a place, at the start of its epoch. keeps_early: after a step, with what was added for it before that."""
+        if place != self.place:  # else it was a download in vain, and what we promised holds on
+            for attempt in sorted({*self._held, *([self._attempt] if self._attempt else [])}):
+                self._forget(attempt)
+            self._attempt, self._reported_term = None, NO_TERM
         self.place, self.last_commit = place, commit
         self.known = {**members, self.me: self.stage}
-        self.term = self._reported_term = NO_TERM
+        self.term = NO_TERM
         self._aborted = (NO_TERM, -1)
         self.leader = None
         self._passed_over.clear()
-        for attempt in sorted({*self._held, *([self._attempt] if self._attempt else [])}):
-            self._forget(attempt)
-        self._attempt = None
         self._running.clear()
         self._failed.clear()
         self._done.clear()
-        self._results.clear()
-        self.ledger.open(place)
+        early = {unit - EARLY: r for unit, r in self._results.items() if unit >= EARLY and keeps_early}
+        self._results = {unit: replace(result, unit=unit) for unit, result in early.items()}
+        if self.early is not None and keeps_early:
+            self.ledger, self.early = self.early, self.ledger
+            self.ledger.promote(place, EARLY)
+            self.early.open(place)
+        else:
+            for one in self._ledgers:
+                one.open(place)
         self._actions.append(StopRunning(is_epoch_over=True))
         self._elect()
 
@@ -338,7 +360,7 @@ class Member:
         self._lead()
 
     def _lead(self) -> None:
-        term = Term(self.term.number + 1, self.me)
+        term = Term(max(self.term.number, self._reported_term.number) + 1, self.me)
         present = {peer: stage for peer, stage in self.known.items() if peer not in self.lost}
         self._obey(term)
         self.leader = Coordinator(self.me, self.place, term, self.rules, present)
@@ -351,7 +373,8 @@ class Member:
         self.term = term
         if self.leader is not None and self.leader.phase is not Phase.COMMITTED:
             self.leader = None
-        self.ledger.obey(term)
+        for one in self._ledgers:
+            one.obey(term)
         if self._attempt is not None and self._attempt not in self._held:
             self._forget_round()
         self._running.clear()
@@ -462,13 +485,17 @@ class Member:
         """Tell the leader what we have, and again what it has not confirmed."""
         self._to_leader(self._hello())
         for unit, done in list(self._done.items()):
-            self._done[unit] = replace(done, term=self.term, ends_ledger=self.ledger.ledger_id)
+            ends_ledger = self._ledger_for(unit).ledger_id
+            self._done[unit] = replace(done, term=self.term, ends_ledger=ends_ledger)
             self._to_leader(self._done[unit])
 
     def _hello(self) -> Hello:
-        units = frozenset(self.ledger.units)
+        units = frozenset().union(*(one.units for one in self._ledgers))
+        early_id = self.early.ledger_id if self.early is not None else 0
         results = tuple(self._results[unit] for unit in sorted(units)) if self.capacity else ()
-        return Hello(self.place, self.term, self.stage, self.ledger.ledger_id, units, self.capacity, results, self.rate)
+        return Hello(
+            self.place, self.term, self.stage, self.ledger.ledger_id, units, self.capacity, results, early_id, self.rate
+        )
 
     def _on_hello(self, peer: str, hello: Hello) -> None:
         self.lost.discard(peer)
@@ -513,7 +540,8 @@ class Member:
     def _on_ran(self, event: Ran) -> None:
         if self._running.get(event.unit) != event.serial:
             return
-        done = Done(self.place, self.term, event.serial, event.ledgers, self.ledger.ledger_id, event.result)
+        ends_ledger = self._ledger_for(event.unit).ledger_id
+        done = Done(self.place, self.term, event.serial, event.ledgers, ends_ledger, event.result)
         self._done[event.unit] = done
         self._results[event.unit] = event.result
         self._to_leader(done)
@@ -525,22 +553,29 @@ class Member:
             self._to_leader(failed)
 
     def _on_confirm(self, confirm: Confirm) -> None:
-        if confirm.unit not in self._done or (confirm.is_first and confirm.ledger_id != self.ledger.ledger_id):
+        ledger_id = self._ledger_for(confirm.unit).ledger_id
+        if confirm.unit not in self._done or (confirm.is_first and confirm.ledger_id != ledger_id):
             return
         self._settle(confirm.unit, confirm.is_first)
 
     def _settle(self, unit: int, is_first: bool) -> None:
-        del self._done[unit]
-        if is_first and unit not in self.ledger.units:
-            self._actions.append(AddEnds(unit, True))
-            self.ledger.units.add(unit)
+        done = self._done.pop(unit)
+        if self._running.get(unit) == done.serial:
+            # What confirmed it may have been of an earlier Done: a leader who says the lease again has heard of neither end of it.
+            self._failed[unit] = Failed(self.place, self.term, unit, done.serial, "", "it had run before")
+        ledger = self._ledger_for(unit)
+        if is_first and unit not in ledger.units:
+            self._actions.append(AddEnds(unit, ledger.ledger_id, True))
+            ledger.units.add(unit)
         else:
-            self._actions.append(AddEnds(unit, False))
+            self._actions.append(AddEnds(unit, ledger.ledger_id, False))
 
     def _on_void(self, void: Void) -> None:
         if void.ledger_id == self.ledger.ledger_id:
             self.ledger.void()
             self._forget_round()
+        elif self.early is not None and void.ledger_id == self.early.ledger_id:
+            self.early.void()
         self._greet()
 
     def _on_excluded(self, message: Excluded) -> None:
@@ -589,8 +624,8 @@ class Member:
         self._to_leader(Report(self.place, term, attempt, held.digest, held.square_norm))
 
     def _forget_round(self) -> None:
-        """The current attempt is over."""
-        if self._attempt is not None:
+        """The current attempt is over. An earlier term's sum stays: what became of that term this one's leader does not know."""
+        if self._attempt is not None and (self._attempt[0] == self.term or self._attempt not in self._held):
             self._forget(self._attempt)
         self._attempt = None
         self.ledger.freeze(False)
@@ -621,14 +656,19 @@ class Member:
             and held.digest == commit.digests[self.stage]
         )
         if (self.me, self.stage) not in commit.members or not (holds or commit.is_skipped):
+            if may_decide:  # our followers, who may hold what we lack, take it from nobody else
+                for other in sorted(self.known.keys() - self.lost - {self.me, peer}):
+                    self._send(other, commit)
             self._download(commit.after, peer)
             return
         self._actions.append(Step(commit))
-        self._enter(commit.after, commit, dict(commit.members))
+        self._enter(commit.after, commit, dict(commit.members), keeps_early=True)
         if peer != self.me:
             self._send(peer, Committed(self.place))
 
     def _download(self, place: Place, peer: str) -> None:
+        if self._attempt in self._held:  # it may be in vain
+            self._attempt = None
         self._forget_round()
         self._actions.append(StopRunning(is_epoch_over=True))
         self.leader = None

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 LINEAGE_BYTES = 32
+EARLY = 2**18
+"""Added to the number of a unit of the next epoch, which runs while this one's gradients are averaged (Rules.delay)."""
 
 
 class Term(NamedTuple):
@@ -48,6 +50,8 @@ class Rules:
     """The first epoch waits until every stage, and the ends, have so many."""
     num_epochs: int = 2**48
     """Where the run ends."""
+    delay: int = 0
+    """1: a gradient is computed with the weights before the last step, so the next epoch may begin while this one is averaged."""
 
     @property
     def ends_stage(self) -> int:
@@ -154,6 +158,8 @@ class Hello:
     """Microbatches that a trainer runs at once; 0 for nodes."""
     results: tuple[UnitResult, ...] = ()
     """Of a trainer: for every unit in its ledger."""
+    early_ledger_id: int = 0
+    """Of the ledger for early units, which are among units and results, too."""
     rate: int = -1
     """Bytes per second that it can send; -1: not measured, 0: nobody can reach it, so it reduces nothing."""
 

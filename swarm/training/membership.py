@@ -22,7 +22,7 @@ from torch import Tensor
 from protos import training_pb2
 from swarm.epoch import member as m
 from swarm.epoch.ledger import Ledger
-from swarm.epoch.messages import Commit, Message, Place, Rules, Term
+from swarm.epoch.messages import EARLY, Commit, Message, Place, Rules, Term
 from swarm.errors import BadReply, BadRequest, PeerFailed
 from swarm.exchange import ExchangeFailed, ExchangeMember
 from swarm.member_record import MemberRecord
@@ -90,11 +90,14 @@ def rules_of(spec: RunSpec, num_eval_units: int = 0) -> Rules:
         eval_every=spec.eval_every,
         min_replicas=spec.min_replicas,
         num_epochs=spec.num_epochs,
+        delay=spec.delay,
     )
 
 
 def samples_of(spec: RunSpec, epoch: int, unit: int) -> range:
-    """Sample indices of a microbatch: of the epoch's, or of the held-out data from 0 on."""
+    """Sample indices of a microbatch: of the epoch's, of the next one's, or of the held-out data from 0 on."""
+    if unit >= EARLY:
+        epoch, unit = epoch + 1, unit - EARLY
     num_units = -(-spec.target_batch // spec.microbatch)
     if unit >= num_units:
         first = (unit - num_units) * spec.microbatch
@@ -127,14 +130,14 @@ class Membership:
         self.counters = Counters()
         self.last_commit: Commit | None = None
         self.tokens_per_s = 0.0
-        self.gradient = GradientSum(parameters)
-        self.ledger = Ledger(lambda: secrets.randbits(63), self.gradient.clear)
+        self._sums: list[tuple[Ledger, GradientSum]] = []
+        ledger, early = self._new_ledger(), self._new_ledger() if spec.delay else None
         start = Place(0, run_id)
         self.weights_at: tuple[Place, Commit | None] = (start, None)
         """Which step the weights are at; changed on the device thread, together with them."""
         self.member = m.Member(
             host.peer_id, stage, rules_of(spec, spec.num_eval_samples and -(-spec.num_eval_samples // spec.microbatch)),
-            self.ledger, start, {}, capacity=capacity,
+            ledger, start, {}, early=early, capacity=capacity,
         )  # fmt: skip
         self.member.rate = -1 if is_reachable else 0
         self.on_commit: list[Callable[[Commit], None]] = []
@@ -157,6 +160,26 @@ class Membership:
             on_request=self._on_request,
             config=self.config.links,
         )
+
+    def _new_ledger(self) -> Ledger:
+        total = GradientSum(self.parameters)
+        ledger = Ledger(lambda: secrets.randbits(63), total.clear)
+        self._sums.append((ledger, total))
+        return ledger
+
+    def ledger_of(self, ledger_id: int) -> tuple[Ledger, GradientSum] | None:
+        """The ledger with this id and its sum of gradients; None if there is none any more."""
+        return next((pair for pair in self._sums if pair[0].ledger_id == ledger_id), None)
+
+    @property
+    def ledger(self) -> Ledger:
+        """Of this epoch."""
+        return self.member.ledger
+
+    @property
+    def gradient(self) -> GradientSum:
+        """What is in the ledger of this epoch."""
+        return next(total for ledger, total in self._sums if ledger is self.member.ledger)
 
     @property
     def place(self) -> Place:
@@ -309,9 +332,10 @@ class Membership:
 
     async def _add_ends(self, action: m.AddEnds) -> None:
         gradients = self.work.take_gradients(action.unit)
-        if action.is_first and gradients is not None:
-            kept = gradients
-            await self.work.on_device(lambda: self.gradient.add(kept))
+        found = self.ledger_of(action.ledger_id)
+        if action.is_first and gradients is not None and found is not None:
+            kept, (_, total) = gradients, found
+            await self.work.on_device(lambda: total.add(kept))
 
     def _start_averaging(self, order: m.Average) -> None:
         if self._averaging is not None:
@@ -408,7 +432,7 @@ class Membership:
             try:
                 async with asyncio.timeout(self.config.download_timeout_s):
                     place, commit, state = await fetch_state(
-                        self._links, peer, self.run_id, order.place, self.parameters.size
+                        self._links, peer, self.run_id, order.place, self.parameters
                     )
             except (PeerFailed, TimeoutError) as error:
                 log.info("no state from peer=%s reason=%s", peer[-8:], error)

@@ -27,10 +27,13 @@ class StageState:
     first_moments: Tensor
     second_moments: Tensor
     num_steps: int
+    previous: Tensor | None = None
+    """The values before the last step, in runs with delay."""
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.values, self.first_moments, self.second_moments
+    def tensors(self) -> tuple[Tensor, ...]:
+        tensors = self.values, self.first_moments, self.second_moments
+        return tensors if self.previous is None else (*tensors, self.previous)
 
     def digest(self) -> bytes:
         """Of everything. 32 bytes."""
@@ -49,7 +52,7 @@ class StageParameters:
     def __init__(
         self, named: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, *, is_delayed: bool = False
     ) -> None:
-        """is_delayed: the modules keep the weights that they have through a step, which any thread may take, until refresh."""
+        """is_delayed: the values before the last step are kept, and the modules compute with either (show)."""
         unique = dict(sorted({id(parameter): (name, parameter) for name, parameter in named}.values()))
         decayed = [name for name, parameter in unique.items() if parameter.ndim >= 2]
         plain = [name for name, parameter in unique.items() if parameter.ndim < 2]
@@ -64,7 +67,9 @@ class StageParameters:
         num_decayed = sum(unique[name].numel() for name in decayed)
         self._halves = (slice(0, num_decayed), slice(num_decayed, self.size))
         self._settings, self._is_delayed = settings, is_delayed
-        self.state = StageState(values, torch.zeros(self.size), torch.zeros(self.size), 0)
+        self._shown: Tensor | None = None
+        previous = values.clone() if is_delayed else None
+        self.state = StageState(values, torch.zeros(self.size), torch.zeros(self.size), 0, previous)
         self._optimizer = self._make_optimizer()
         self.hold(range(len(self.parameters)), torch.float32)
         self.version = 0
@@ -78,12 +83,21 @@ class StageParameters:
             is_shared = dtype == view.dtype and parameter.device == view.device and not self._is_delayed
             parameter.data = view if is_shared else view.to(parameter.device, dtype, copy=True)
 
-    def refresh(self) -> None:
-        """Let the modules compute with the values as they are now; step and install do it themselves unless is_delayed.
+    def show(self, *, previous: bool) -> None:
+        """Let the modules compute with the values before the last step, or as they are. Without delay: always as they are."""
+        if self.state.previous is None:
+            return
+        wanted = self.state.previous if previous else self.state.values
+        if self._shown is not wanted:
+            self._refresh(wanted)
+            self._shown = wanted
+
+    def _refresh(self, values: Tensor) -> None:
+        """Let the modules compute with these values, as they are now.
 
         Graphs that were made before are to be thrown away: fused AdamW lets autograd notice nothing.
         """
-        places = zip(self.parameters, self.views(self.state.values), strict=True)
+        places = zip(self.parameters, self.views(values), strict=True)
         copies = [(parameter, view) for parameter, view in places if parameter.data_ptr() != view.data_ptr()]
         if copies:
             targets, views = zip(*copies, strict=True)
@@ -114,7 +128,9 @@ class StageParameters:
         return [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
 
     def step(self, mean_gradient: Tensor, lr: float) -> None:
-        """One step of AdamW, in place; the gradient [size] is clipped already. Unless is_delayed, graphs end here (refresh)."""
+        """One step of AdamW, in place; the gradient [size] is clipped already. Graphs that were made before end here."""
+        if self.state.previous is not None:
+            self.state.previous.copy_(self.state.values)
         for group, half in zip(self._optimizer.param_groups, self._halves, strict=True):
             group["lr"] = lr
             group["params"][0].grad = mean_gradient[half]
@@ -122,8 +138,8 @@ class StageParameters:
         for group in self._optimizer.param_groups:
             group["params"][0].grad = None
         self.state.num_steps += 1
-        if not self._is_delayed:
-            self.refresh()
+        self._shown = None
+        self._refresh(self.state.values)
 
     def install(self, state: StageState) -> None:
         """Take over another replica's state; the modules get its weights. BadRequest if it does not fit or is not finite."""
@@ -133,17 +149,25 @@ class StageParameters:
             raise BadRequest("the state holds NaN or infinite values")
         if state.num_steps < 0 or float(state.second_moments.min()) < 0:
             raise BadRequest("the state has a negative number of steps or negative second moments")
+        if len(state.tensors) != len(self.state.tensors):
+            raise BadRequest("the state is of a run with another delay")
         for own, other in zip(self.state.tensors, state.tensors, strict=True):
             own.copy_(other)
         self.state.num_steps = state.num_steps
         self._optimizer = self._make_optimizer()
-        self.refresh()
+        self._shown = None
+        self._refresh(self.state.values)
 
     def snapshot(self) -> StageState:
         """A copy of the state."""
         state = self.state
-        values, first, second = (tensor.clone() for tensor in state.tensors)
-        return StageState(values, first, second, state.num_steps)
+        values, first, second, *previous = (tensor.clone() for tensor in state.tensors)
+        return StageState(values, first, second, state.num_steps, *previous)
+
+    def empty_state(self, num_steps: int) -> StageState:
+        """Memory for a state that fits."""
+        values, first, second, *previous = (torch.empty(self.size) for _ in self.state.tensors)
+        return StageState(values, first, second, num_steps, *previous)
 
     def digest(self) -> bytes:
         """Of the weights alone: their names, shapes and values. 32 bytes."""
@@ -185,7 +209,9 @@ def gradient_digest(vector: Tensor) -> bytes:
 
 def square_norm(vector: Tensor) -> float:
     """Sum of squares, in float64: the same on every machine but for the order of additions."""
-    return float(torch.linalg.vector_norm(vector, dtype=torch.float64) ** 2)
+    # In pieces that stay in the cache: torch would first make a float64 copy of it all.
+    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in torch.split(vector, 2**20)]
+    return math.fsum(float(norm) ** 2 for norm in norms)
 
 
 def _bytes(vector: Tensor) -> Any:

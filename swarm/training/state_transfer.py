@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-import torch
-
 from protos import training_pb2
 from swarm.epoch.messages import Commit, Place
 from swarm.errors import BadReply, PeerFailed
 from swarm.p2p.framing import FramedStream
 from swarm.terminal import ProgressBar
 from swarm.training.links import Links
-from swarm.training.parameters import StageState
+from swarm.training.parameters import StageParameters, StageState
 from swarm.training.wire import commit_from_wire, commit_to_wire, decode, is_signed
 
 _PIECE_BYTES = 128 * 1024
@@ -40,9 +38,10 @@ async def send_state(stream: FramedStream, place: Place, commit: Commit | None, 
 
 
 async def fetch_state(
-    links: Links, peer_id: str, run_id: bytes, at_least: Place, size: int
+    links: Links, peer_id: str, run_id: bytes, at_least: Place, parameters: StageParameters
 ) -> tuple[Place, Commit | None, StageState]:
-    """The state of a replica with `size` parameters that is at a place, or further. Raises PeerFailed or BadReply."""
+    """The state of a replica of the same stage that is at a place, or further. Raises PeerFailed or BadReply."""
+    size = parameters.size
     request = training_pb2.MemberMessage(get_state=training_pb2.GetState(min_epoch=at_least.epoch))
     stream = await links.open_request(peer_id, request)
     try:
@@ -58,8 +57,8 @@ async def fetch_state(
             raise BadReply(f"peer {peer_id[-8:]} cannot prove how it came to epoch {place.epoch}")
         if place.epoch < at_least.epoch or (place.epoch == at_least.epoch and place != at_least):
             raise PeerFailed(f"peer {peer_id[-8:]} is at epoch {place.epoch} of another history")
-        state = StageState(torch.empty(size), torch.empty(size), torch.empty(size), header.num_steps)
-        with ProgressBar("downloading the stage's state", 3 * 4 * size) as bar:
+        state = parameters.empty_state(header.num_steps)
+        with ProgressBar("downloading the stage's state", len(state.tensors) * 4 * size) as bar:
             for tensor in state.tensors:
                 raw, offset = tensor.numpy().data.cast("B"), 0
                 while offset < len(raw):

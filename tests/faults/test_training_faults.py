@@ -101,7 +101,7 @@ def start(tmp_path: Path, fork_server: ForkServer) -> Any:
 
 
 def test_a_trainer_killed_between_the_backwards_of_two_stages(start: Any) -> None:
-    with start(trainers={"on": "hop:1", "at": 6, "action": "SIGKILL"}) as field:
+    with start(trainers={"on": "hop:1", "from_epoch": 1, "at": 2, "action": "SIGKILL"}) as field:
         assert field.wait_for_fault() in field.trainers
         assert field.wait_for_progress() < BOUND_S
         field.wait_for_end(field.survivors)
@@ -109,7 +109,7 @@ def test_a_trainer_killed_between_the_backwards_of_two_stages(start: Any) -> Non
 
 
 def test_a_replica_killed_with_a_full_ledger(start: Any) -> None:
-    with start(nodes={"on": "average", "at": 3, "action": "SIGKILL"}) as field:
+    with start(nodes={"on": "average", "from_epoch": 2, "action": "SIGKILL"}) as field:
         assert field.wait_for_fault() in field.nodes
         assert field.wait_for_progress() < BOUND_S
         field.wait_for_end(field.survivors)
@@ -119,7 +119,7 @@ def test_a_replica_killed_with_a_full_ledger(start: Any) -> None:
 
 
 def test_a_replica_that_wakes_up_after_it_was_fenced(start: Any) -> None:
-    with start(nodes={"on": "added", "at": 6, "action": "SIGSTOP"}) as field:
+    with start(nodes={"on": "added", "from_epoch": 1, "at": 2, "action": "SIGSTOP"}) as field:
         victim = field.wait_for_fault()
         assert field.wait_for_progress() < BOUND_S
         victim.send(signal.SIGCONT)
@@ -133,7 +133,7 @@ def test_a_replica_that_wakes_up_after_it_was_fenced(start: Any) -> None:
 )
 def test_a_coordinator_killed(start: Any, moment: str) -> None:
     """Before: with every report still to come. During: with one letter of the Commit sent. After: with all of them sent."""
-    fault = {"on": moment, "at": 2 if moment == "send:Commit" else 1, "action": "SIGKILL"}
+    fault = {"on": moment, "from_epoch": 1, "at": 2 if moment == "send:Commit" else 1, "action": "SIGKILL"}
     with start(nodes=fault, trainers=fault) as field:
         field.wait_for_fault()
         assert field.wait_for_progress() < BOUND_S

@@ -70,3 +70,28 @@ def test_a_swarm_trains_as_one_process_does(tmp_path: Path, fork_server: ForkSer
     rules = {"end.epochs": 30, "microbatch": 1, "optimizer.lr": 5e-3, "optimizer.clip_norm": 0.5}
     expected = check_equal(*train(tmp_path, fork_server, **rules), tolerance=1e-5)
     assert expected.losses[-1] < 0.8 * expected.losses[0]
+
+
+@pytest.mark.parametrize(
+    ("rules", "config", "tolerance"),
+    [
+        pytest.param({"delay": 1, "optimizer.clip_norm": 0.5}, {}, 1e-5, id="one epoch of delay"),
+        pytest.param({"microbatch": 2, "target_batch": 14}, {"tie_word_embeddings": True}, 1e-5, id="tied embeddings"),
+        # bf16 has 8 bits: gradients differ by 2**-8 in their smaller parts, and AdamW turns each into a step of about lr.
+        pytest.param({"precision": "bf16", "averaging": "bf16"}, {}, 3e-2, id="bf16 autocast"),
+    ],
+)
+def test_other_rules_give_the_same_weights_too(
+    tmp_path: Path, fork_server: ForkServer, rules: dict[str, Any], config: dict[str, Any], tolerance: float
+) -> None:
+    check_equal(*train(tmp_path, fork_server, config=config, **{"end.epochs": 8, **rules}), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("wrong", ["dropped", "doubled", "unweighted"])
+def test_a_wrong_sum_would_be_seen(tmp_path: Path, wrong: str) -> None:
+    """The bugs that the tests above are for, planted into the oracle: each is a hundred times the tolerance away."""
+    store = make_run(tmp_path, **{"end.epochs": 3})
+    source = samples_of_run(store, tmp_path / "data")
+    right = train_in_one_process(store.spec, source)
+    planted = train_in_one_process(store.spec, source, wrong=wrong)
+    assert largest_error(planted.weights, right.weights) > 1e-3

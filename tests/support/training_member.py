@@ -8,7 +8,7 @@ DUMP (a file, *.pt) gets the weights by name at the end of the run. FAULT (JSON)
     hop:1                               a trainer's backward at stage 1 is done
     added                               a gradient went into a node's ledger
 and actions SIGKILL, SIGSTOP. It fires once, at the n-th such event or later, in the first member that creates the file "token";
-it is written to TRACE first, and synced.
+it is written to TRACE first, and synced. With "from_epoch" earlier events do not count.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from swarm.training import links, membership
 
 fault: dict[str, Any] = {}
 counts: Counter[str] = Counter()
+num_steps = 0
 
 
 def trace(**fields: Any) -> None:
@@ -50,6 +51,8 @@ def claim() -> bool:
 
 def happens(event: str) -> bool:
     """Whether the planted fault is due at this event; signals are sent at once."""
+    if num_steps < fault.get("from_epoch", 0):
+        return False
     counts[event] += 1
     if fault.get("on") != event or counts[event] < fault["at"] or not claim():
         return False
@@ -87,6 +90,8 @@ class TracedMembership(membership.Membership):
 
     def _tell(self, commit: Commit) -> None:
         super()._tell(commit)
+        global num_steps
+        num_steps = commit.epoch + 1
         trace(
             epoch=commit.epoch,
             lineage=commit.lineage.hex(),

@@ -203,6 +203,17 @@ def test_worker_processes_make_the_same_samples(rows_spec, tmp_path, tokenizer, 
     )
 
 
+def test_workers_tokenize_ahead_what_comes_next(rows_spec, tmp_path, tokenizer, pool):
+    source = open_source(rows_spec, tmp_path, tokenizer, pool=pool)
+    source.batch(0, 1)
+    assert len(source._tokens) == len(PAGES) // 4  # a window of chunks is all there is
+    for tokens in source._tokens.values():
+        tokens.result()
+    for name in rows_spec.files:
+        (tmp_path / name).unlink()
+    source.batch(0, source.num_samples)
+
+
 # Chats ------------------------------------------------------------------------------------------------------------------
 
 TEMPLATES = {
