@@ -23,6 +23,8 @@ class MembershipConfig:
     tick_s: float = 1.0
     impatient_after_ticks: int = 4
     search_every_s: float = 3.0
+    give_up_s: float = 600.0
+    """A lost peer is looked for where it was, for so long."""
     record_lifetime_s: float = 30.0
     round_timeout_s: float = 600.0
     download_timeout_s: float = 3600.0

@@ -149,14 +149,15 @@ class Membership:
         self._state = ShardState.JOINING
         self._addresses: tuple[str, ...] = ()
         self._leaderless_ticks = 0
+        self._lost_at: dict[str, float] = {}
         self._averager = Averager(host)
         self._links = Links(
             host,
             run_id,
             stage,
             on_message=self._on_message,
-            on_found=lambda peer, stage: self.feed(m.Found(peer, stage)),
-            on_lost=lambda peer: self.feed(m.Lost(peer)),
+            on_found=self._on_found,
+            on_lost=self._on_lost,
             on_request=self._on_request,
             config=self.config.links,
         )
@@ -282,6 +283,12 @@ class Membership:
                 if record.peer_id != self.host.peer_id and record.state != ShardState.LEAVING:
                     self._links.know(record.peer_id, record.addresses)
                     self._links.probe(record.peer_id)
+            # The network may have been cut in two, and the records of the other half have expired meanwhile.
+            for peer, lost_at in list(self._lost_at.items()):
+                if time.monotonic() - lost_at > self.config.give_up_s:
+                    del self._lost_at[peer]
+                elif self._links.addresses_of(peer):
+                    self._links.probe(peer)
             await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
             pause_s = min(1.5 * pause_s, self.config.search_every_s)
 
@@ -329,6 +336,14 @@ class Membership:
         if isinstance(message, Commit) and not is_signed(message, self.run_id):
             raise BadReply(f"peer {peer[-8:]} sent a commit that its leader did not sign")
         self.feed(m.Received(peer, message))
+
+    def _on_found(self, peer: str, stage: int) -> None:
+        self._lost_at.pop(peer, None)
+        self.feed(m.Found(peer, stage))
+
+    def _on_lost(self, peer: str) -> None:
+        self._lost_at.setdefault(peer, time.monotonic())
+        self.feed(m.Lost(peer))
 
     async def _add_ends(self, action: m.AddEnds) -> None:
         gradients = self.work.take_gradients(action.unit)

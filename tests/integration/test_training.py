@@ -95,3 +95,20 @@ def test_a_wrong_sum_would_be_seen(tmp_path: Path, wrong: str) -> None:
     right = train_in_one_process(store.spec, source)
     planted = train_in_one_process(store.spec, source, wrong=wrong)
     assert largest_error(planted.weights, right.weights) > 1e-3
+
+
+def test_int8_averaging_learns_as_well_at_a_quarter_of_the_bytes(tmp_path: Path, fork_server: ForkServer) -> None:
+    training, nodes, trainers = train(tmp_path, fork_server, averaging="int8", **{"end.epochs": 30})
+    last = training.store.spec.num_epochs - 1
+    expected = train_in_one_process(training.store.spec, samples_of_run(training.store, training.folder / "data"))
+    for pair in (nodes[:2], nodes[2:], trainers):
+        one, other = (training.steps_of(member)[last] for member in pair)
+        assert one["digest"] == other["digest"]
+        # Of two replicas each sends half of the vector to be summed, and a half that it summed.
+        ideal = 2 * (2 - 1) / 2 * 4 * one["size"] * (last + 1)
+        sent = (one["bytes"] + other["bytes"]) / 2
+        print(f"bytes sent: {sent / ideal:.3f} of float32's")
+        assert sent < 0.28 * ideal
+    loss = training.steps_of(nodes[0])[last]["loss"]
+    print(f"loss {loss:.4f}, with float32 {expected.losses[last]:.4f}")
+    assert abs(loss / expected.losses[last] - 1) < 0.01

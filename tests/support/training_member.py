@@ -14,6 +14,7 @@ it is written to TRACE first, and synced. With "from_epoch" earlier events do no
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import signal
@@ -104,6 +105,8 @@ class TracedMembership(membership.Membership):
             term=commit.term.number,
             skipped=commit.is_skipped,
             norm=commit.norm,
+            bytes=self.counters.bytes_averaged,
+            size=self.parameters.size,
         )
         dump = os.environ.get("DUMP")
         if dump and commit.epoch + 1 == self.spec.num_epochs:
@@ -128,6 +131,9 @@ class TracedHops(stage_hop.StageHops):
 
 
 def main() -> None:
+    if namespace := os.environ.get("NETNS"):  # a network namespace to be in, before anything has a socket
+        with open(f"/run/netns/{namespace}") as file:
+            assert ctypes.CDLL(None).setns(file.fileno(), 0) == 0
     kind = sys.argv.pop(1)
     fault.update(json.loads(os.environ.get("FAULT", "null")) or {})
     membership.Links = TracedLinks  # type: ignore[misc]
