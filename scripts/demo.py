@@ -1,256 +1,86 @@
 """A swarm on this machine: one bootstrap peer, three nodes with a third of the blocks each, and one question to it.
 
-Everything is started through its public command line, as its own process group: a Ctrl-C reaches only this program,
-which then stops them in order. Signal handlers only set a flag that every wait looks at; so no signal can arrive
-between the start of a process and its entry in our list.
+With --train it trains a model instead: see demo_training.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import os
-import re
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
 
-from rich.console import Console
+from demo_processes import BIN, DemoError, DemoSwarm, make_log_folder
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from swarm.cache import cache_root
 
 MODEL = "smollm2-135m"
 SPANS = ("0:10", "10:20", "20:30")
 PROMPT = "What is the capital of France, and what is it famous for?"
-BIN = Path(sys.executable).parent
-NUM_KEPT_LOGS = 5
-
-READY_TIMEOUT_S = 180.0
-STOP_TIMEOUT_S = 10.0
-POLL_S = 0.05
-
-# Ends the process groups whose ids it has read, once its input ends: that is, when the demo is gone, kill -9 included.
-# A shell and a pipe work everywhere; Linux's PDEATHSIG does not exist on macOS, and reaches no grandchildren.
-WATCHDOG = """
-trap '' INT TERM HUP
-groups=
-while read -r group; do groups="$groups -$group"; done
-[ -n "$groups" ] || exit 0
-kill -s TERM -- $groups 2>/dev/null
-sleep 5
-kill -s KILL -- $groups 2>/dev/null
-"""
 
 
-class DemoError(Exception):
-    """Something did not work; the message is for the user."""
+def ask(swarm: DemoSwarm, prompt: str, *, keep: bool) -> None:
+    swarm.attached("the download of the weights", "swarm", "cache", "fetch", MODEL)
+    address = start_nodes(swarm)
+    swarm.console.print(f"Asking: {prompt}\n", highlight=False, markup=False)
+    question = ("swarm", "generate", "--chat", "--initial-peers", address, "--model", MODEL, prompt)
+    swarm.attached("the generation", *question)
+    swarm.console.print(f"\nLogs: {swarm.logs}", highlight=False, soft_wrap=True)
+    if not keep:
+        return
+    node = (str(BIN / "swarm-node"), "run", "--model", MODEL, "--initial-peers", address)
+    swarm.console.print("\nThe swarm stays up until Ctrl-C. From another terminal on this machine:", highlight=False)
+    for command in ((str(BIN / question[0]), *question[1:]), node):
+        print(f"  {shlex.join(command)}", flush=True)
+    while True:
+        swarm.wait()
 
 
-@dataclass(frozen=True, slots=True)
-class Child:
-    name: str
-    process: subprocess.Popen[bytes]
-    log: Path | None = None  # None: attached to the terminal
-
-    def ready(self) -> dict[str, Any] | None:
-        """What the process printed behind READY, once it did."""
-        assert self.log is not None
-        match = re.search(r"READY (\{.*\})\n", self.log.read_text(encoding="utf-8", errors="replace"))
-        return json.loads(match[1]) if match else None
-
-
-class Demo:
-    def __init__(self, logs: Path) -> None:
-        self.logs = logs
-        self.console = Console(stderr=True)
-        self.children: list[Child] = []
-        self.stop_signal: int | None = None
-        self.num_signals = 0
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, self._on_signal)
-        self.watchdog = subprocess.Popen(["/bin/sh", "-c", WATCHDOG], stdin=subprocess.PIPE, process_group=0)
-
-    def _on_signal(self, signum: int, _frame: object) -> None:
-        self.stop_signal = signum
-        self.num_signals += 1
-
-    def run(self, prompt: str, *, keep: bool) -> None:
-        self.attached("the download of the weights", "swarm", "cache", "fetch", MODEL)
-        address = self.start_swarm()
-        self.console.print(f"Asking: {prompt}\n", highlight=False, markup=False)
-        question = ("swarm", "generate", "--chat", "--initial-peers", address, "--model", MODEL, prompt)
-        self.attached("the generation", *question)
-        self.console.print(f"\nLogs: {self.logs}", highlight=False, soft_wrap=True)
-        if not keep:
-            return
-        node = (str(BIN / "swarm-node"), "run", "--model", MODEL, "--initial-peers", address)
-        self.console.print("\nThe swarm stays up until Ctrl-C. From another terminal on this machine:", highlight=False)
-        for command in ((str(BIN / question[0]), *question[1:]), node):
-            print(f"  {shlex.join(command)}", flush=True)
-        while True:
-            self.wait()
-
-    def start_swarm(self) -> str:
-        """Start the processes and wait until all serve; returns the address of the bootstrap peer."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task("Starting the bootstrap peer", total=1 + len(SPANS))
-            identity = str(self.logs / "bootstrap.id")
-            bootstrap = self.start(
-                "bootstrap", "swarm-bootstrap", "--listen", "/ip4/127.0.0.1/tcp/0", "--identity", identity
+def start_nodes(swarm: DemoSwarm) -> str:
+    """Start the processes and wait until all serve; returns the address of the bootstrap peer."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=swarm.console) as progress:
+        task = progress.add_task("Starting the bootstrap peer", total=1 + len(SPANS))
+        address = swarm.start_bootstrap()
+        progress.update(task, advance=1, description="Three nodes load their blocks")
+        nodes = [
+            swarm.start(
+                f"node-{span.replace(':', '-')}", "swarm-node", "run",
+                "--model", MODEL, "--blocks", span, "--initial-peers", address,
             )
-            address = str(self.wait_ready([bootstrap], lambda _: None)[0]["addresses"][0])
-            progress.update(task, advance=1, description="Three nodes load their blocks")
-            nodes = [
-                self.start(
-                    f"node-{span.replace(':', '-')}", "swarm-node", "run",
-                    "--model", MODEL, "--blocks", span, "--initial-peers", address,
-                )
-                for span in SPANS
-            ]  # fmt: skip
-            self.wait_ready(nodes, lambda num_ready: progress.update(task, completed=1 + num_ready))
-            progress.update(task, description="All blocks are served")
-        return address
-
-    def start(self, name: str, program: str, *arguments: str) -> Child:
-        log = self.logs / f"{name}.log"
-        with log.open("wb") as output:
-            return self._spawn(name, program, arguments, log, output)
-
-    def _spawn(
-        self, name: str, program: str, arguments: Sequence[str], log: Path | None, output: IO[bytes] | None
-    ) -> Child:
-        try:
-            process = subprocess.Popen(
-                [str(BIN / program), *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT if output else None,
-                process_group=0,
-            )
-        except OSError as error:
-            raise DemoError(f"cannot start {BIN / program}: {error.strerror}") from error
-        child = Child(name, process, log)
-        self.children.append(child)
-        assert self.watchdog.stdin is not None
-        self.watchdog.stdin.write(b"%d\n" % process.pid)
-        self.watchdog.stdin.flush()
-        return child
-
-    def attached(self, name: str, program: str, *arguments: str) -> None:
-        """Run a command on this terminal to its end."""
-        child = self._spawn(name, program, arguments, None, None)
-        while child.process.poll() is None:
-            self.wait(besides=child)
-        self.children.remove(child)
-        if child.process.returncode != 0:
-            raise DemoError(f"{name} failed (exit status {child.process.returncode}); logs: {self.logs}")
-
-    def wait_ready(self, children: Sequence[Child], on_progress: Any) -> list[dict[str, Any]]:
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        while True:
-            answers = [child.ready() for child in children]
-            ready = [answer for answer in answers if answer is not None]
-            on_progress(len(ready))
-            if len(ready) == len(children):
-                return ready
-            if time.monotonic() > deadline:
-                late = next(child for child, answer in zip(children, answers, strict=True) if answer is None)
-                raise DemoError(f"{late.name} was not ready within {READY_TIMEOUT_S:.0f} s{last_lines(late)}")
-            self.wait()
-
-    def wait(self, besides: Child | None = None) -> None:
-        """Sleep a moment; raises KeyboardInterrupt after a signal, DemoError when a process but `besides` has died."""
-        time.sleep(POLL_S)
-        if self.stop_signal is not None:
-            raise KeyboardInterrupt
-        for child in self.children:
-            if child is not besides and child.process.poll() is not None:
-                raise DemoError(f"{child.name} ended early ({how_ended(child.process)}){last_lines(child)}")
-
-    def stop(self) -> None:
-        """Client first, so that it can free its session; then the nodes together; the bootstrap peer last."""
-        attached = [child for child in self.children if child.log is None]
-        nodes = [child for child in self.children if child.name.startswith("node")]
-        bootstrap = [child for child in self.children if child.name == "bootstrap"]
-        for stage, signum in ((attached, signal.SIGINT), (nodes, signal.SIGTERM), (bootstrap, signal.SIGTERM)):
-            self._stop_together(stage, signum)
-        assert self.watchdog.stdin is not None
-        # Kill it rather than let it read the end of its input: the groups are gone and their ids may be used again.
-        self.watchdog.kill()
-        self.watchdog.stdin.close()
-        self.watchdog.wait()
-
-    def _stop_together(self, children: Sequence[Child], signum: int) -> None:
-        for child in children:
-            child.process.send_signal(signum)
-        deadline = time.monotonic() + STOP_TIMEOUT_S
-        impatient = self.num_signals + 1
-        # A further Ctrl-C does not wait for the rest.
-        while time.monotonic() < deadline and self.num_signals < impatient:
-            if all(child.process.poll() is not None for child in children):
-                break
-            time.sleep(POLL_S)
-        for child in children:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says EPERM of a group of zombies
-                os.killpg(child.process.pid, signal.SIGKILL)  # the group: what a crashed process left in it too
-            child.process.wait()
-
-
-def how_ended(process: subprocess.Popen[bytes]) -> str:
-    code = process.returncode
-    return f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-
-
-def last_lines(child: Child, num_lines: int = 15) -> str:
-    if child.log is None:
-        return ""
-    lines = child.log.read_text(encoding="utf-8", errors="replace").splitlines()[-num_lines:]
-    return f"; the end of {child.log}:\n" + "\n".join(f"    {line}" for line in lines)
-
-
-def make_log_folder() -> Path:
-    """A new folder for this run; the oldest ones beyond NUM_KEPT_LOGS are removed."""
-    folder = cache_root() / "demo"
-    logs = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    try:
-        logs.mkdir(parents=True)
-    except OSError as error:
-        raise DemoError(f"cannot make {logs}: {error.strerror}; set SHARDSWARM_CACHE to a folder that works") from error
-    for old in sorted(path for path in folder.iterdir() if path.is_dir())[:-NUM_KEPT_LOGS]:
-        shutil.rmtree(old, ignore_errors=True)
-    return logs
+            for span in SPANS
+        ]  # fmt: skip
+        swarm.wait_ready(nodes, lambda num_ready: progress.update(task, completed=1 + num_ready))
+        progress.update(task, description="All blocks are served")
+    return address
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/demo", description="A swarm on this machine answers one prompt.")
-    parser.add_argument("prompt", nargs="?", default=PROMPT, help="what to ask; the default is a built-in question")
+    parser.add_argument("prompt", nargs="?", help="what to ask; the default is a built-in question")
     parser.add_argument("--keep", action="store_true", help="leave the swarm running until Ctrl-C")
+    parser.add_argument("--train", action="store_true", help="train a small model instead, and kill a node on the way")
     options = parser.parse_args()
+    if options.train and (options.prompt or options.keep):
+        parser.error("--train takes no prompt and no --keep")
     try:
-        demo = Demo(make_log_folder())
+        swarm = DemoSwarm(make_log_folder())
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     try:
-        demo.run(options.prompt, keep=options.keep)
+        if options.train:
+            from demo_training import train
+
+            train(swarm)
+        else:
+            ask(swarm, options.prompt or PROMPT, keep=options.keep)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopping ...", file=sys.stderr)
     finally:
-        demo.stop()
-    return 0 if demo.stop_signal is None else 128 + demo.stop_signal
+        swarm.stop()
+    return 0 if swarm.stop_signal is None else 128 + swarm.stop_signal
 
 
 if __name__ == "__main__":

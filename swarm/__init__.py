@@ -1,4 +1,4 @@
-"""shardswarm: one language model, run by many machines.
+"""shardswarm: one language model, run and trained by many machines.
 
     import swarm
     with swarm.connect(initial_peers=[...], model="smollm2-135m") as s:
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from swarm.client.connect import SwarmClient, open_swarm
     from swarm.client.model import SwarmModelForCausalLM
     from swarm.client.session import Session
+    from swarm.client.trainer import Trainer, open_trainer
+    from swarm.client.trainer_config import TrainerConfig
 
 __all__ = [
     "BadReply",
@@ -52,9 +54,12 @@ __all__ = [
     "SwarmError",
     "SwarmModelForCausalLM",
     "SwarmModelForSequenceClassification",
+    "Trainer",
+    "TrainerConfig",
     "UserError",
     "connect",
     "open_swarm",
+    "open_trainer",
 ]
 
 _HOME_OF = {
@@ -64,7 +69,10 @@ _HOME_OF = {
     "SwarmClient": "swarm.client.connect",
     "SwarmModelForCausalLM": "swarm.client.model",
     "SwarmModelForSequenceClassification": "swarm.client.classify",
+    "Trainer": "swarm.client.trainer",
+    "TrainerConfig": "swarm.client.trainer_config",
     "open_swarm": "swarm.client.connect",
+    "open_trainer": "swarm.client.trainer",
 }
 
 

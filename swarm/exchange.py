@@ -305,15 +305,16 @@ class PatienceSettings:
     min_s: float = 2.0
     """A peer is not asked earlier, and has as long for the answer."""
     factor: float = 4.0
-    """A peer is asked when it is silent for so many times what it was expected to take."""
+    """A peer is asked when it is silent for so many times what it was expected to take, but at the latest after cap_s / 3: one
+    that is frozen is found before one that is slow."""
     cap_s: float = 30.0
     """A peer that lives must send, or take, the next chunk within this time."""
     first_rate_bytes_per_s: float = 64e3
     """Assumed of peers that were not measured yet: 0.5 Mbit/s."""
 
     def __post_init__(self) -> None:
-        if not (0 < self.min_s <= self.cap_s and self.factor >= 1 and self.first_rate_bytes_per_s > 0):
-            raise ValueError(f"need 0 < min_s <= cap_s, factor >= 1 and a positive first rate, got {self}")
+        if not (0 < self.min_s <= self.cap_s / 3 and self.factor >= 1 and self.first_rate_bytes_per_s > 0):
+            raise ValueError(f"need 0 < min_s <= cap_s / 3, factor >= 1 and a positive first rate, got {self}")
 
 
 class RateMeter:
@@ -369,7 +370,7 @@ class Patience:
         """We wait from now on, for num_bytes to come or to be taken; heard_bytes came from the peer until now."""
         settings = self._settings
         rate = self._meter.bytes_per_s or (math.inf if self._was_prompt else settings.first_rate_bytes_per_s)
-        self.quiet_s = min(max(settings.factor * num_bytes / rate, settings.min_s), settings.cap_s)
+        self.quiet_s = min(max(settings.factor * num_bytes / rate, settings.min_s), settings.cap_s / 3)
         self._is_waiting, self._pinged_at = True, None
         self._began_at = self._heard_at = now
         self._heard_bytes = heard_bytes

@@ -236,7 +236,8 @@ class Coordinator:
         for unit in sorted(hello.units):
             is_counted = hello.stage != self.rules.ends_stage or unit in results
             if not self._is_training(unit) or (hello.stage, unit) in self._counts.held or not is_counted:
-                ledger_id = hello.early_ledger_id if unit >= EARLY else hello.ledger_id
+                is_early = unit >= EARLY and self.rules.delay > 0
+                ledger_id = hello.early_ledger_id if is_early else hello.ledger_id
                 self._fenced.add(ledger_id)
                 return [*letters, (peer, Void(self.place, self.term, ledger_id))]
         for unit in hello.units:
@@ -489,6 +490,6 @@ class Coordinator:
         return self._peers.keys() - {self.me}
 
     def _commit_alone(self) -> list[Letter]:
-        """With nobody left to hear of it the leader itself steps; else when the first other one has."""
+        """With nobody left who holds a sum too the leader itself steps; else when the first other one has."""
         assert self.commit is not None
-        return [] if self._others() else [(self.me, self.commit)]
+        return [] if self._others() & self._group.keys() else [(self.me, self.commit)]

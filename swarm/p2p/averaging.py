@@ -32,7 +32,8 @@ from swarm.exchange import (
     split_message,
 )
 from swarm.messages import own_version, versions_meet
-from swarm.p2p.averaging_round import EXCHANGE_PROTOCOL, Round, Seat, StreamPool, leave
+from swarm.p2p.averaging_round import Round, Seat
+from swarm.p2p.averaging_streams import EXCHANGE_PROTOCOL, StreamPool, leave
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host
 from swarm.tensors import WireFormat
@@ -249,6 +250,10 @@ class Averager:
             raise _NoSeat(averaging_pb2.THIS_ROUND_DID_NOT_BEGIN, f"{name} did not begin here")
         if join.plan_digest != running.digest or not running.can_seat(stream.peer_id):
             raise _NoSeat(averaging_pb2.THE_PLANS_DIFFER, f"the plan of {name} here has no such place for you")
+        if stream.is_broken:
+            if await stream.receive() is None:  # otherwise its connection broke, and it comes again
+                running.note_left(stream.peer_id)
+            return None
         joined = averaging_pb2.ExchangeJoined(round_id=join.round_id)
         async with asyncio.timeout(self._config.join_timeout_s):
             await stream.send(plain_message(averaging_pb2.ExchangeReply(joined=joined)))

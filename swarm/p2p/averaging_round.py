@@ -14,12 +14,11 @@ others to give up without blaming it.
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -40,7 +39,6 @@ from swarm.exchange import (
     Patience,
     PatienceSettings,
     RateMeter,
-    Verdict,
     chunk_message,
     plain_message,
     read_chunk,
@@ -48,214 +46,20 @@ from swarm.exchange import (
     split_message,
 )
 from swarm.messages import own_version
-from swarm.p2p.framing import FramedStream, FrameKind
-from swarm.p2p.host import Host
+from swarm.p2p.averaging_streams import Link, PeerOut, StreamPool
+from swarm.p2p.framing import FramedStream
 from swarm.tensors import Buffer, is_finite
 
 log = logging.getLogger(__name__)
 
-EXCHANGE_PROTOCOL = "shardswarm/exchange"
 # Messages of so many bytes are accepted, and twice that is the window: 8 chunks, a round trip of 100 ms at 20 MB/s.
 _MESSAGE_BYTES = 4 * (MAX_CHUNK_BYTES + 256)
 _QUEUED_CHUNKS = 4
-# Of a round's time, after which contributions (and, before anybody can be blamed wrongly for those, results) are overdue.
-_CONTRIBUTIONS_DUE, _RESULTS_DUE = 0.8, 0.95
-_LAST_WORDS_TIMEOUT_S = 1.0
-# For what was under way to reach a slow peer before its stream's END.
-_LEAVE_TIMEOUT_S = 15.0
-_MAX_METERS = 4096
+# Of a round's time: when contributions, the taking of results, and results are overdue. Those who can only be at fault
+# themselves come first, so that the others hear of it before they blame who waits for them.
+_CONTRIBUTIONS_DUE, _TAKING_DUE, _RESULTS_DUE = 0.8, 0.9, 0.95
 
 T = TypeVar("T")
-
-
-async def leave(stream: FramedStream, timeout_s: float = _LEAVE_TIMEOUT_S) -> None:
-    """End a stream in good order while the peer may still be sending: read until it has closed its side, too.
-
-    A socket that is closed with bytes unread makes p2pd reset the stream, and then the peer sees a break and not our END.
-    """
-    try:
-        if not stream.is_broken:
-            stream._write_frame(FrameKind.END)
-            async with asyncio.timeout(timeout_s):
-                while await stream.receive() is not None:
-                    pass
-    except (PeerFailed, TimeoutError):
-        pass
-    finally:
-        await stream.aclose()
-
-
-class StreamPool:
-    """What outlives rounds: streams to reducers that may carry another one or are being left, and the rates of peers."""
-
-    def __init__(self, host: Host, connect_timeout_s: float) -> None:
-        self._host, self._connect_timeout_s = host, connect_timeout_s
-        self._idle: collections.defaultdict[str, list[FramedStream]] = collections.defaultdict(list)
-        self._meters: collections.OrderedDict[tuple[str, str], RateMeter] = collections.OrderedDict()
-        self._leaving: set[asyncio.Task[None]] = set()
-        self._is_closed = False
-
-    def meter(self, peer_id: str, what: str) -> RateMeter:
-        """What is known of a peer's rate: of "contributions" from it, "results" from it, or its "taking" of results."""
-        meter = self._meters.setdefault((peer_id, what), RateMeter())
-        self._meters.move_to_end((peer_id, what))
-        if len(self._meters) > _MAX_METERS:
-            self._meters.popitem(last=False)
-        return meter
-
-    async def open(self, member: ExchangeMember) -> FramedStream:
-        """A new stream. Raises PeerFailed."""
-        return await self._host.open_stream(
-            member.peer_id, EXCHANGE_PROTOCOL, self._connect_timeout_s, member.addresses
-        )
-
-    def take(self, peer_id: str) -> FramedStream | None:
-        """A stream that an earlier round left, if there is one."""
-        streams = self._idle.get(peer_id, [])
-        while streams:
-            stream = streams.pop()
-            if not stream.is_broken:
-                return stream
-        return None
-
-    async def keep(self, stream: FramedStream) -> None:
-        """Keep a stream for a later round, and forget those that broke since."""
-        if not self._is_closed:
-            self._idle[stream.peer_id].append(stream)
-        for peer_id, streams in list(self._idle.items()):
-            broken = [one for one in streams if one.is_broken]
-            self._idle[peer_id] = [one for one in streams if not one.is_broken]
-            if not self._idle[peer_id]:
-                del self._idle[peer_id]
-            for one in broken:
-                await one.aclose()
-
-    def leave(self, stream: FramedStream) -> None:
-        """End a stream in good order, in the background."""
-        task = asyncio.create_task(leave(stream))
-        self._leaving.add(task)
-        task.add_done_callback(self._leaving.discard)
-
-    async def aclose(self, timeout_s: float) -> None:
-        self._is_closed = True
-        for streams in self._idle.values():
-            for stream in streams:
-                self.leave(stream)
-        self._idle.clear()
-        if self._leaving:
-            _, late = await asyncio.wait(self._leaving, timeout=timeout_s)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
-
-
-class PeerOut(Exception):
-    """Ends a round because of peers. gave_up: they ended or refused it in good order."""
-
-    def __init__(self, peer_ids: Iterable[str], reason: str, gave_up: bool = False) -> None:
-        super().__init__(reason)
-        self.peer_ids, self.gave_up = frozenset(peer_ids), gave_up
-
-
-class _Refused(PeerOut):
-    """A reducer's answer to the joining of a round."""
-
-    def __init__(self, peer_id: str, refusal: averaging_pb2.ExchangeRefusal) -> None:
-        reason = "".join(character for character in refusal.message[:200] if character.isprintable())
-        gave_up = refusal.code == averaging_pb2.THIS_ROUND_IS_OVER
-        super().__init__([peer_id], f"peer {peer_id[-8:]} refused: {reason}", gave_up)
-
-
-class Link:
-    """A stream to one peer during one round."""
-
-    def __init__(self, stream: FramedStream, receiving: Patience, sending: Patience | None = None) -> None:
-        self.stream = stream
-        self.receiving, self.sending = receiving, sending
-        self.is_done = False
-        """All that this round needs of the stream has passed: it may carry another one."""
-        self._bytes_before = stream.bytes_sent, stream.bytes_received
-
-    @property
-    def peer_id(self) -> str:
-        return self.stream.peer_id
-
-    @property
-    def bytes_sent(self) -> int:
-        return self.stream.bytes_sent - self._bytes_before[0]
-
-    @property
-    def bytes_received(self) -> int:
-        return self.stream.bytes_received - self._bytes_before[1]
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether results that are still to be sent cannot be. (Results that are to come may have come before a stream ended.)"""
-        return self.sending is not None and not self.is_done and self.stream.is_broken
-
-    async def receive(self, num_bytes: int) -> bytes:
-        """The next message, of about num_bytes. Raises PeerOut."""
-        before = self.stream.bytes_received
-        self.receiving.begin(time.monotonic(), before, num_bytes)
-        try:
-            message = await self.stream.receive()
-        except PeerFailed as error:
-            raise self.out(str(error)) from error
-        finally:
-            self.receiving.end(time.monotonic(), self.stream.bytes_received - before)
-        if message is None:
-            raise self.out(f"peer {self.peer_id[-8:]} left the round", gave_up=True)
-        return message
-
-    async def send(self, message: list[Buffer]) -> None:
-        """Raises PeerOut."""
-        num_bytes = sum(map(len, message))
-        if self.sending is not None:
-            self.sending.begin(time.monotonic(), self.stream.bytes_received, num_bytes)
-        try:
-            await self.stream.send(message)
-        except PeerFailed as error:
-            raise await self.last_words(str(error)) from error
-        finally:
-            if self.sending is not None:
-                self.sending.end(time.monotonic(), num_bytes)
-
-    async def last_words(self, reason: str) -> PeerOut:
-        """Whether a peer to which nothing can be sent any more had ended the stream in good order, or went away (for reason)."""
-        try:
-            async with asyncio.timeout(_LAST_WORDS_TIMEOUT_S):
-                while await self.stream.receive() is not None:
-                    pass
-        except PeerFailed as error:
-            return self.out(str(error))
-        except TimeoutError:
-            return self.out(reason)
-        return self.out(f"peer {self.peer_id[-8:]} left the round", gave_up=True)
-
-    def out(self, reason: str, gave_up: bool = False) -> PeerOut:
-        return PeerOut([self.peer_id], reason, gave_up)
-
-    def judge(self, now: float) -> float | None:
-        """Seconds that the peer has for the answer to a ping which is to be sent now; None: none is. Raises PeerOut."""
-        for patience in filter(None, (self.receiving, self.sending)):
-            verdict = patience.verdict(now, self.stream.bytes_received)
-            if verdict is Verdict.FROZEN:
-                raise self.out(f"peer {self.peer_id[-8:]} answers no ping")
-            if verdict is Verdict.TOO_SLOW:
-                what = "send" if patience is self.receiving else "take"
-                raise self.out(f"peer {self.peer_id[-8:]} did not {what} the next message in time")
-            if verdict is Verdict.PING:
-                return patience.quiet_s
-        return None
-
-    def forgive(self, seconds: float) -> None:
-        for patience in filter(None, (self.receiving, self.sending)):
-            patience.forgive(seconds)
-
-    async def ping(self, timeout_s: float) -> None:
-        """Only asks: that something came since is for the link's patience to see."""
-        with contextlib.suppress(PeerFailed):
-            await self.stream.ping(timeout_s)
 
 
 @dataclass(slots=True, eq=False)
@@ -291,14 +95,13 @@ class Round:
         """float32: after run, the sum."""
         self._me, self._pool, self._worker, self._settings = me, pool, worker, patience
         self._timeout_s = timeout_s
-        now = time.monotonic()
-        self._contributions_due_at = now + _CONTRIBUTIONS_DUE * timeout_s
-        self._results_due_at = now + _RESULTS_DUE * timeout_s
+        self._began_at = time.monotonic()
         self._links: list[Link] = []
         self._seats: dict[str, Seat] = {}
         others = [member.peer_id for index, member in enumerate(plan.members) if index != me]
         self._seated = {peer_id: asyncio.Event() for peer_id in others}
         self._has_begun_reducing = False
+        self._left_before: set[str] = set()
         self._tasks = asyncio.TaskGroup()
 
     @property
@@ -344,10 +147,11 @@ class Round:
         for seat in self._seats.values():
             seat.release(seat.link.is_done)
         accepted = [seat.link for seat in self._seats.values()]
-        for link in self._links:
-            if link not in accepted and link.is_done:
+        opened = [link for link in self._links if link not in accepted]
+        for link in opened:
+            if link.is_done:
                 await self._pool.keep(link.stream)
-            elif link not in accepted:
+            else:
                 self._pool.leave(link.stream)
 
     # As a member: each reducer
@@ -357,12 +161,8 @@ class Round:
         member = self.plan.members[index]
         link = await self._join(member)
         link.stream.accept_messages_of(_MESSAGE_BYTES)
-        link.receiving = Patience(
-            self._settings,
-            self._pool.meter(member.peer_id, "results"),
-            longest_s=result_patience_s(self._settings),
-            due_at=self._results_due_at,
-        )
+        longest_s = result_patience_s(self._settings)
+        link.receiving = self._patience(self._pool.meter(member.peer_id, "results"), longest_s, _RESULTS_DUE)
         contributing = None
         if self.plan.members[self._me].has_gradient:
             contributing = self._tasks.create_task(self._contribute(link, index))
@@ -396,13 +196,13 @@ class Round:
         return await self._join_on(stream)
 
     async def _join_on(self, stream: FramedStream) -> Link:
-        link = Link(stream, self._direct_patience(RateMeter()))
+        link = Link(stream, self._patience(RateMeter(), self._settings.cap_s, _CONTRIBUTIONS_DUE))
         self._links.append(link)
         try:
             await self._ask_to_join(link)
         except PeerOut:
             self._links.remove(link)
-            await stream.aclose()
+            self._pool.leave(stream)
             raise
         return link
 
@@ -445,11 +245,19 @@ class Round:
             previous.release(False)
         stream.accept_messages_of(_MESSAGE_BYTES)
         contributions, taking = (self._pool.meter(stream.peer_id, what) for what in ("contributions", "taking"))
-        link = Link(stream, self._direct_patience(contributions), self._direct_patience(taking))
+        link = Link(
+            stream,
+            self._patience(contributions, self._settings.cap_s, _CONTRIBUTIONS_DUE),
+            self._patience(taking, self._settings.cap_s, _TAKING_DUE),
+        )
         self._links.append(link)
         seat = self._seats[stream.peer_id] = Seat(link, asyncio.get_running_loop().create_future())
         self._seated[stream.peer_id].set()
         return seat
+
+    def note_left(self, peer_id: str) -> None:
+        """A member that wanted to join has left already: the round cannot succeed any more."""
+        self._left_before.add(peer_id)
 
     async def _reduce(self) -> None:
         """Sum this member's part."""
@@ -468,7 +276,8 @@ class Round:
             await asyncio.wait(sending)
 
     async def _wait_for_seats(self) -> None:
-        longest_s = min(self._settings.cap_s, self._contributions_due_at - time.monotonic())
+        left_s = self._began_at + _CONTRIBUTIONS_DUE * self._timeout_s - time.monotonic()
+        longest_s = min(self._settings.cap_s, left_s)
         try:
             async with asyncio.timeout(longest_s):
                 for seated in self._seated.values():
@@ -527,10 +336,9 @@ class Round:
 
     # Over all links
 
-    def _direct_patience(self, meter: RateMeter) -> Patience:
-        """For what a peer can do without waiting for anybody else."""
-        longest_s = self._settings.cap_s
-        return Patience(self._settings, meter, longest_s=longest_s, due_at=self._contributions_due_at)
+    def _patience(self, meter: RateMeter, longest_s: float, due: float) -> Patience:
+        """due: the share of the round's time after which all waits must be over."""
+        return Patience(self._settings, meter, longest_s=longest_s, due_at=self._began_at + due * self._timeout_s)
 
     async def _watch(self) -> None:
         """Judge all peers again and again, until cancelled. Time in which we ourselves were stopped does not count."""
@@ -540,6 +348,8 @@ class Round:
             await asyncio.sleep(tick_s)
             now = time.monotonic()
             late_s, before = now - before - tick_s, now
+            if self._left_before:
+                raise PeerOut(self._left_before, "a member left before the round began here", gave_up=True)
             for link in self._links:
                 if late_s > tick_s:
                     link.forgive(late_s)
@@ -570,3 +380,12 @@ def _read(kind: type[Message], plan: ExchangePlan, chunk: Chunk, message: bytes,
         return read_chunk(message, kind, plan, chunk)
     except BadReply as error:
         raise PeerOut([peer_id], f"peer {peer_id[-8:]} {error}") from error
+
+
+class _Refused(PeerOut):
+    """A reducer's answer to the joining of a round."""
+
+    def __init__(self, peer_id: str, refusal: averaging_pb2.ExchangeRefusal) -> None:
+        reason = "".join(character for character in refusal.message[:200] if character.isprintable())
+        gave_up = refusal.code == averaging_pb2.THIS_ROUND_IS_OVER
+        super().__init__([peer_id], f"peer {peer_id[-8:]} refused: {reason}", gave_up)

@@ -189,10 +189,9 @@ class GradientSum:
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
         """Add gradients in the parameters' shapes; None: zero. They must be finite (are_finite)."""
-        given = [(view, g) for view, g in zip(self._views, gradients, strict=True) if g is not None]
-        if given:
-            views = [view for view, _ in given]
-            torch._foreach_add_(views, [addend.to(view.device, view.dtype) for view, addend in given])
+        for view, addend in zip(self._views, gradients, strict=True):
+            if addend is not None:
+                view.add_(addend.to(view.device))  # bf16 is cast as it is added: a copy takes as long as the sum
 
 
 def are_finite(gradients: Sequence[Tensor | None]) -> bool:

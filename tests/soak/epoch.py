@@ -76,7 +76,10 @@ def main() -> int:
             now = time.monotonic()
             if now - told > PROGRESS_S:
                 told = now
-                print(f"  {tally['schedules']} schedules, {tally['epochs']} epochs after {now - started:.0f} s", flush=True)
+                print(
+                    f"  {tally['schedules']} schedules, {tally['epochs']} epochs after {now - started:.0f} s",
+                    flush=True,
+                )
     result = {
         "seed": options.seed,
         "processes": options.processes,

@@ -263,8 +263,16 @@ class World:
             self.bag.append(lambda other=other: self._feed(other, member.Lost(name)))
 
     def _crash_if_others_are_there(self, name: str) -> None:
-        """At the same place and of the same stage: what nobody else has nobody can bring back."""
+        """At the same place and of the same stage, with the same outcome: what nobody else has nobody can bring back."""
         process = self.processes[name]
+        leaders = [p.member.leader for p in self.processes.values() if p.member.leader is not None]
+        outcomes = [
+            leader.commit.members
+            for leader in leaders
+            if leader.commit is not None
+            and leader.place == process.member.place
+            and (name, process.stage) in leader.commit.members
+        ]
         twins = [
             p
             for n, p in self.processes.items()
@@ -272,6 +280,7 @@ class World:
             and p.stage == process.stage
             and p.member.place == process.member.place
             and not p.member.is_downloading
+            and all((n, p.stage) in members for members in outcomes)
         ]
         if twins or process.member.is_downloading:
             self.crash(name)
@@ -503,9 +512,10 @@ FAULTS = Faults(
 
 
 def random_world(seed: int) -> World:
-    """Of up to twelve processes, with and without evaluation."""
+    """Of up to twelve processes, with and without evaluation, with and without one epoch of delay."""
     dice = random.Random(seed)
     rules = {"num_eval_units": dice.randint(1, 3), "eval_every": dice.randint(1, 3)} if dice.random() < 0.3 else {}
+    rules["delay"] = int(dice.random() < 0.4)
     return World(
         seed,
         stages=dice.randint(1, 3),

@@ -110,8 +110,8 @@ class TracedMembership(membership.Membership):
         )
         dump = os.environ.get("DUMP")
         if dump and commit.epoch + 1 == self.spec.num_epochs:
-            named = zip(self.parameters.names, self.parameters.parameters, strict=True)
-            torch.save({name: tensor.detach().clone() for name, tensor in named}, dump + ".new")
+            views = self.parameters.views(self.parameters.state.values)
+            torch.save({n: view.clone() for n, view in zip(self.parameters.names, views, strict=True)}, dump + ".new")
             os.replace(dump + ".new", dump)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shlex
 import tomllib
@@ -15,10 +16,12 @@ import swarm
 from bootstrap.cli import bootstrap
 from node.cli import cli as node_cli
 from swarm.cli import cli as swarm_cli
+from swarm.run_file import read_run_file
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 PEER_ID = "12D3KooWJvyP3VJYymTqG7eH4PM5rN4T2agk5cdNCfNymAqwqcvZ"
+PLACEHOLDERS = {"PEER_ID": PEER_ID, "RUN_ID": "ab" * 32}
 PROGRAMS = {"swarm": swarm_cli, "swarm-node": node_cli, "swarm-bootstrap": bootstrap}
 
 
@@ -86,14 +89,38 @@ def test_relative_links_lead_somewhere(document):
     assert [target for target in relative if not (document.parent / target).exists()] == []
 
 
+@pytest.fixture
+def owners_folder(tmp_path, monkeypatch):
+    """The current folder holds the files that the examples of a training run name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 4}')
+    (tmp_path / "run.toml").touch()
+    return tmp_path
+
+
+def test_the_example_of_a_run_file_is_accepted(owners_folder):
+    (example,) = blocks_of(read("README.md"), "toml")
+    (owners_folder / "run.toml").write_text(example)
+    spec = read_run_file(owners_folder / "run.toml").spec
+    assert (spec.name, len(spec.stages), spec.num_epochs, spec.data.files) == ("tiny stories", 2, 2000, ("a.jsonl",))
+
+
 @pytest.mark.parametrize("document", ["README.md", "docs/operating.md"])
+@pytest.mark.usefixtures("owners_folder")
 def test_command_lines_parse(document, monkeypatch):
     monkeypatch.setenv("SHARDSWARM_INITIAL_PEERS", f"/ip4/203.0.113.7/tcp/31337/p2p/{PEER_ID}")
     lines = command_lines(document)
     assert lines
     monkeypatch.setattr("swarm.flags.Path.read_text", lambda _: 'model = "smollm2-135m"')  # of --config
     for program, *arguments in lines:
-        parse(PROGRAMS[program], program, [argument.replace("PEER_ID", PEER_ID) for argument in arguments])
+        filled = [
+            functools.reduce(lambda text, item: text.replace(*item), PLACEHOLDERS.items(), word) for word in arguments
+        ]
+        parse(PROGRAMS[program], program, filled)
 
 
 def test_the_readme_shows_every_command():
