@@ -17,7 +17,7 @@ from typing import Any
 from swarm.epoch.messages import EARLY
 from swarm.training import membership
 
-_GATE_POLL_S = 0.01
+_GATE_POLL_S = 0.05
 times = {"forward_s": 0.0, "backward_s": 0.0, "idle_s": 0.0, "last_backward_at": 0.0}
 """Of a stage since the start. idle_s: from the last backward of an epoch to the first forward of the next."""
 

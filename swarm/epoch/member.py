@@ -398,7 +398,7 @@ class Member:
     def _on_impatient(self) -> None:
         if self.leader is not None:
             return
-        if self.term.peer:
+        if self.term.peer and self.term.peer not in self.lost | self._passed_over:
             self._passed_over.add(self.term.peer)
         else:
             candidates = [peer for peer in self.known if peer not in self.lost | self._passed_over]
@@ -411,9 +411,9 @@ class Member:
         self._elect()
         if self.leader is not None:
             self._post(self.leader.tick())
-        elif self.term.peer:
+        elif self.term.peer and self.term.peer not in self.lost:
             self._to_leader(self._hello())
-        else:
+        else:  # whose turn it is may be gone unnoticed
             self._ask_around()
         for done in self._done.values():
             self._to_leader(done)

@@ -761,6 +761,18 @@ def test_who_is_first_in_the_order_leads_and_the_next_when_that_one_is_lost() ->
     assert ones[order[2]].member.leader is not None
 
 
+def test_when_the_leader_is_lost_the_next_ones_are_asked_and_passed_over_in_turn() -> None:
+    order = rank_leaders(PLACE, list(ROSTER))
+    last = One(order[-1])
+    last.obeys(Term(1, order[0]))
+    last.does(member.Lost(order[0]))
+    assert {peer for peer, _ in sent(last.does(member.Tick()), Hello)} == set(order[1:-1])
+    for _ in order[1:-1]:
+        assert last.member.leader is None
+        last.does(member.Impatient())
+    assert last.member.leader is not None and last.member.term == Term(2, order[-1])
+
+
 def test_a_step_needs_the_sum_that_the_commit_names() -> None:
     for digest, attempt in ((b"other", 0), (b"mine", 1)):
         one = One()
