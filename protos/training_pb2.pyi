@@ -102,14 +102,22 @@ class Owner(_message.Message):
     def __init__(self, peer: _Optional[str] = ..., ledger_id: _Optional[int] = ...) -> None: ...
 
 class GroupMember(_message.Message):
-    __slots__ = ("peer", "has_gradient", "rate")
+    __slots__ = ("peer", "has_gradient", "share")
     PEER_FIELD_NUMBER: _ClassVar[int]
     HAS_GRADIENT_FIELD_NUMBER: _ClassVar[int]
-    RATE_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
     peer: str
     has_gradient: bool
-    rate: int
-    def __init__(self, peer: _Optional[str] = ..., has_gradient: bool = ..., rate: _Optional[int] = ...) -> None: ...
+    share: int
+    def __init__(self, peer: _Optional[str] = ..., has_gradient: bool = ..., share: _Optional[int] = ...) -> None: ...
+
+class Rate(_message.Message):
+    __slots__ = ("peer", "bytes_per_s")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    bytes_per_s: int
+    def __init__(self, peer: _Optional[str] = ..., bytes_per_s: _Optional[int] = ...) -> None: ...
 
 class Lead(_message.Message):
     __slots__ = ("place", "term")
@@ -120,7 +128,7 @@ class Lead(_message.Message):
     def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ..., term: _Optional[_Union[Term, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("place", "term", "stage", "ledger_id", "units", "capacity", "results", "rate", "early_ledger_id")
+    __slots__ = ("place", "term", "stage", "ledger_id", "units", "capacity", "results", "is_reachable", "early_ledger_id", "measured")
     PLACE_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -128,8 +136,9 @@ class Hello(_message.Message):
     UNITS_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_FIELD_NUMBER: _ClassVar[int]
     RESULTS_FIELD_NUMBER: _ClassVar[int]
-    RATE_FIELD_NUMBER: _ClassVar[int]
+    IS_REACHABLE_FIELD_NUMBER: _ClassVar[int]
     EARLY_LEDGER_ID_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
     place: Place
     term: Term
     stage: int
@@ -137,9 +146,10 @@ class Hello(_message.Message):
     units: _containers.RepeatedScalarFieldContainer[int]
     capacity: int
     results: _containers.RepeatedCompositeFieldContainer[UnitResult]
-    rate: int
+    is_reachable: bool
     early_ledger_id: int
-    def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ..., term: _Optional[_Union[Term, _Mapping]] = ..., stage: _Optional[int] = ..., ledger_id: _Optional[int] = ..., units: _Optional[_Iterable[int]] = ..., capacity: _Optional[int] = ..., results: _Optional[_Iterable[_Union[UnitResult, _Mapping]]] = ..., rate: _Optional[int] = ..., early_ledger_id: _Optional[int] = ...) -> None: ...
+    measured: _containers.RepeatedCompositeFieldContainer[Rate]
+    def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ..., term: _Optional[_Union[Term, _Mapping]] = ..., stage: _Optional[int] = ..., ledger_id: _Optional[int] = ..., units: _Optional[_Iterable[int]] = ..., capacity: _Optional[int] = ..., results: _Optional[_Iterable[_Union[UnitResult, _Mapping]]] = ..., is_reachable: bool = ..., early_ledger_id: _Optional[int] = ..., measured: _Optional[_Iterable[_Union[Rate, _Mapping]]] = ...) -> None: ...
 
 class Redirect(_message.Message):
     __slots__ = ("place", "term")

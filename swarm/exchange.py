@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -67,13 +67,20 @@ class ExchangeMember:
     """Multiaddrs for connecting to it; may be empty when it reduces nothing, or when a connection exists."""
     has_gradient: bool = True
     """False: sends nothing (but may reduce), and gets the result."""
-    rate_bytes_per_s: float | None = None
-    """What it can send, as measured in earlier rounds (the sum over all who measured it). None: not measured, counts as the mean of
-    the others. 0: cannot be reached, reduces nothing."""
 
-    def __post_init__(self) -> None:
-        if self.rate_bytes_per_s is not None and not 0 <= self.rate_bytes_per_s < math.inf:
-            raise ValueError(f"a rate must be finite and not negative, got {self.rate_bytes_per_s}")
+
+def cut_parts(size: int, shares: Sequence[int], min_part: int) -> tuple[int, ...]:
+    """How many of `size` values each member sums, in proportion to the shares; no part but the largest is below min_part.
+
+    Whole numbers only, so that everybody who computes it gets the same. ValueError if nobody has a share.
+    """
+    total = sum(shares)
+    if total <= 0 or min(shares) < 0:
+        raise ValueError(f"need shares of which at least one is positive, got {list(shares)}")
+    parts = [size * share // total for share in shares]
+    parts = [part if part >= min_part else 0 for part in parts]
+    parts[shares.index(max(shares))] += size - sum(parts)
+    return tuple(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +94,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class ExchangePlan:
-    """All that the members of one round must agree on. Made by one of them (swarm.p2p.averaging.plan_exchange), told to all.
+    """All that the members of one round must agree on.
 
-    The parts travel with the plan: computed by each member for itself from the rates, they would hang on the versions of
-    numerical libraries.
+    One member chooses everybody's share and tells it to all: computed by each for itself from the rates, the parts would hang on
+    the versions of numerical libraries.
     """
 
     round_id: bytes

@@ -134,7 +134,7 @@ class DataKind(enum.StrEnum):
     """Where samples come from."""
 
     TEXT = "text"
-    """Plain text files, packed; a document is a file or, with document_separator, a part of one."""
+    """Plain text files, packed; a document is a file."""
     JSONL = "jsonl"
     PARQUET = "parquet"
     OWN = "own"

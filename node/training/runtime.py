@@ -57,6 +57,7 @@ class TrainingNode:
             )
             stack.push_async_callback(directory.close)
             store = await find_run(directory, self.run_id, config.cache_dir)
+            self._check_limits(store)
             stage_number = await self._choose(directory, store)
             stage, tokens_per_s = await self._executor.run(lambda: self._load(store, stage_number))
             membership = Membership(
@@ -73,6 +74,14 @@ class TrainingNode:
             self._print_ready(await host.addresses(), stage_number, stage, host, time.monotonic() - started)
             await self._train_until(signals.stop, host)
             log.info("leaving")
+
+    def _check_limits(self, store: RunStore) -> None:
+        needed, granted = store.spec.microbatch * store.spec.sequence_length, self.config.max_microbatch_tokens
+        if needed > granted:
+            raise UserError(
+                f"this run's microbatches have {store.spec.microbatch} x {store.spec.sequence_length} tokens, this node takes "
+                f"{granted}: give --max-microbatch-tokens {needed}, if the memory is there"
+            )
 
     async def _choose(self, directory: Directory, store: RunStore) -> int:
         """The stage with the least throughput, unless the user named blocks."""

@@ -83,6 +83,8 @@ def summarize(run_id: bytes, spec: RunSpec, records: Iterable[MemberRecord]) -> 
 
 def _trouble(record: MemberRecord, others: Sequence[MemberRecord], place: Place | None) -> str:
     """Of two records with one lifetime the one that expires first is the older one."""
+    if record.state == ShardState.JOINING:
+        return "is joining: it looks for the others, or downloads the state of its stage"
     if place is not None and record.epoch == place.epoch and record.lineage != place.lineage:
         return "is in another history of the weights: it downloads that of the others, if it can reach them"
     seen = max((other.epoch for other in others if other.expires_at <= record.expires_at), default=record.epoch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from swarm.epoch.messages import (
@@ -29,12 +29,14 @@ from swarm.epoch.messages import (
     Owner,
     Place,
     Prepare,
+    Rate,
     Report,
     RoundFailed,
     Rules,
     Term,
     UnitResult,
     Void,
+    equal_shares,
 )
 
 Letter = tuple[str, Message]
@@ -60,7 +62,8 @@ class _Peer:
     ledger_id: int
     early_ledger_id: int
     capacity: int
-    rate: int
+    is_reachable: bool
+    measured: tuple[Rate, ...]
 
 
 @dataclass(slots=True)
@@ -94,8 +97,20 @@ class _Counts:
 class Coordinator:
     """Leads one epoch under one term. Every method returns the letters to be sent, some of them to its own process."""
 
-    def __init__(self, me: str, place: Place, term: Term, rules: Rules, known: Mapping[str, int]) -> None:
-        """known: peer and stage of everybody who took part in the last step and is not known to be gone."""
+    def __init__(
+        self,
+        me: str,
+        place: Place,
+        term: Term,
+        rules: Rules,
+        known: Mapping[str, int],
+        share_out: Callable[[Sequence[float | None]], Sequence[int]] = equal_shares,
+    ) -> None:
+        """known: peer and stage of everybody who took part in the last step and is not known to be gone.
+
+        share_out: what part of a vector each replica sums, by their rates in bytes/s (None: not measured, 0: nobody can reach it).
+        """
+        self._share_out = share_out
         self.me, self.place, self.term, self.rules = me, place, term, rules
         self.phase = Phase.COLLECTING
         self.attempt = 0
@@ -222,15 +237,19 @@ class Coordinator:
             return [(peer, self.commit)]
         if not 0 <= hello.stage < self.rules.num_stages:
             return [(peer, Excluded(self.place, self.term, f"there is no stage {hello.stage} in this run"))]
-        for ledger_id in (hello.ledger_id, hello.early_ledger_id):
+        for ledger_id in {hello.ledger_id, hello.early_ledger_id} - {0}:  # 0: it has no second one
             if ledger_id in self._fenced:
                 return [(peer, Void(self.place, self.term, ledger_id))]
+            if any(
+                ledger_id in (one.ledger_id, one.early_ledger_id) for other, one in self._peers.items() if other != peer
+            ):
+                return [(peer, Void(self.place, self.term, ledger_id))]  # one of the two lies, and we cannot tell who
         letters: list[Letter] = []
         known = self._peers.get(peer)
         if known is not None and (known.ledger_id, known.early_ledger_id) != (hello.ledger_id, hello.early_ledger_id):
             letters += self.lose(peer)
         elif known is not None:
-            known.capacity, known.rate = hello.capacity, hello.rate
+            known.capacity, known.is_reachable, known.measured = hello.capacity, hello.is_reachable, hello.measured
             return self._go_on()
         results = {result.unit: result for result in hello.results if result.is_sound}
         for unit in sorted(hello.units):
@@ -245,7 +264,9 @@ class Coordinator:
             self._counts.hold(hello.stage, unit, ledger_id)
             if hello.stage == self.rules.ends_stage:
                 self._results[unit] = results[unit]
-        self._peers[peer] = _Peer(hello.stage, hello.ledger_id, hello.early_ledger_id, hello.capacity, hello.rate)
+        self._peers[peer] = _Peer(
+            hello.stage, hello.ledger_id, hello.early_ledger_id, hello.capacity, hello.is_reachable, hello.measured
+        )
         self._waiting.discard(peer)
         return letters + self._go_on()
 
@@ -415,14 +436,7 @@ class Coordinator:
         return Lease(self.place, self.term, unit, lease.serial, lease.owners)
 
     def _prepare(self) -> list[Letter]:
-        groups = [
-            tuple(
-                GroupMember(peer, bool(self._counts.held_by.get(view.ledger_id)), view.rate)
-                for peer, view in sorted(self._group.items())
-                if view.stage == stage
-            )
-            for stage in range(self.rules.num_stages)
-        ]
+        groups = [self._group_of(stage) for stage in range(self.rules.num_stages)]
         return [
             (
                 peer,
@@ -437,6 +451,21 @@ class Coordinator:
             )
             for peer, view in sorted(self._group.items())
         ]
+
+    def _group_of(self, stage: int) -> tuple[GroupMember, ...]:
+        """The replicas of a stage in this round. A peer sends to all at once: its rate is the sum of what the others saw of it."""
+        members = sorted((peer, view) for peer, view in self._group.items() if view.stage == stage)
+        seen: Counter[str] = Counter()
+        for peer, view in members:
+            seen.update({rate.peer: rate.bytes_per_s for rate in view.measured if rate.peer != peer})
+        rates = [float(seen[peer]) or None if view.is_reachable else 0.0 for peer, view in members]
+        if not any(view.is_reachable for _, view in members):
+            rates = [None] * len(members)  # the exchange will say who could not be reached
+        shares = self._share_out(rates)
+        return tuple(
+            GroupMember(peer, bool(self._counts.held_by.get(view.ledger_id)), share)
+            for (peer, view), share in zip(members, shares, strict=True)
+        )
 
     def _abort(self) -> list[Letter]:
         letters: list[Letter] = [

@@ -8,7 +8,7 @@ Events are what the network, the device and the user tell; actions are what they
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from swarm.epoch.coordinator import Coordinator, Letter, Phase
@@ -31,6 +31,7 @@ from swarm.epoch.messages import (
     Owner,
     Place,
     Prepare,
+    Rate,
     Redirect,
     Report,
     RoundFailed,
@@ -39,6 +40,7 @@ from swarm.epoch.messages import (
     UnitResult,
     Void,
     Where,
+    equal_shares,
     rank_leaders,
 )
 
@@ -232,6 +234,8 @@ class Member:
         *,
         early: Ledger | None = None,
         capacity: int = 0,
+        is_reachable: bool = True,
+        share_out: Callable[[Sequence[float | None]], Sequence[int]] = equal_shares,
     ) -> None:
         """early: a second ledger, for runs with delay. members: peer and stage of those who are known to take part. capacity: microbatches that a trainer runs at once."""
         self.me, self.stage, self.rules, self.ledger, self.capacity = me, stage, rules, ledger, capacity
@@ -243,8 +247,9 @@ class Member:
         self.leader: Coordinator | None = None
         self.last_commit: Commit | None = None
         self.is_downloading = False
-        self.rate = -1
+        self.measured: tuple[Rate, ...] = ()
         """As in Hello; the process that measures it sets it."""
+        self._is_reachable, self._share_out = is_reachable, share_out
         self._passed_over: set[str] = set()
         self._reported_term = NO_TERM
         self._attempt: tuple[Term, int] | None = None
@@ -363,7 +368,7 @@ class Member:
         term = Term(max(self.term.number, self._reported_term.number) + 1, self.me)
         present = {peer: stage for peer, stage in self.known.items() if peer not in self.lost}
         self._obey(term)
-        self.leader = Coordinator(self.me, self.place, term, self.rules, present)
+        self.leader = Coordinator(self.me, self.place, term, self.rules, present, self._share_out)
         if term.number > 1:
             self._actions.append(Tell(f"leading epoch={self.place.epoch} term={term.number}"))
         self._post(self.leader.start())
@@ -494,7 +499,16 @@ class Member:
         early_id = self.early.ledger_id if self.early is not None else 0
         results = tuple(self._results[unit] for unit in sorted(units)) if self.capacity else ()
         return Hello(
-            self.place, self.term, self.stage, self.ledger.ledger_id, units, self.capacity, results, early_id, self.rate
+            self.place,
+            self.term,
+            self.stage,
+            self.ledger.ledger_id,
+            units,
+            self.capacity,
+            results,
+            early_id,
+            self._is_reachable,
+            self.measured,
         )
 
     def _on_hello(self, peer: str, hello: Hello) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -146,6 +147,14 @@ class Lead:
 
 
 @dataclass(frozen=True, slots=True)
+class Rate:
+    """What a peer sends."""
+
+    peer: str
+    bytes_per_s: int
+
+
+@dataclass(frozen=True, slots=True)
 class Hello:
     """To the leader: I am here, and this is in my ledger. The term is the one that I obey."""
 
@@ -160,8 +169,10 @@ class Hello:
     """Of a trainer: for every unit in its ledger."""
     early_ledger_id: int = 0
     """Of the ledger for early units, which are among units and results, too."""
-    rate: int = -1
-    """Bytes per second that it can send; -1: not measured, 0: nobody can reach it, so it reduces nothing."""
+    is_reachable: bool = True
+    """False: nobody can open a stream to it, so it reduces nothing."""
+    measured: tuple[Rate, ...] = ()
+    """What it saw the other replicas of its stage send."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +253,8 @@ class GroupMember:
 
     peer: str
     has_gradient: bool
-    rate: int = -1
-    """As in Hello."""
+    share: int
+    """Of the vector, relative to the others' shares, it sums so much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +336,11 @@ Message = (
     | Committed
     | Excluded
 )
+
+
+def equal_shares(rates: Sequence[float | None]) -> list[int]:
+    """A share for everybody but those whose rate is 0."""
+    return [int(rate != 0) for rate in rates]
 
 
 def rank_leaders(place: Place, peers: list[str]) -> list[str]:

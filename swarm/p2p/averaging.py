@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import collections
 import logging
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -28,6 +29,7 @@ from swarm.exchange import (
     ExchangeMember,
     ExchangePlan,
     PatienceSettings,
+    cut_parts,
     plain_message,
     split_message,
 )
@@ -44,6 +46,7 @@ log = logging.getLogger(__name__)
 _MIN_PART = 16 * 1024
 # A peer with less than this share of the fastest one's rate counts as if it had it: hivemind's solver fails below.
 _MIN_RATE_RATIO = 1e-3
+_SHARES = 2**20
 _MAX_ROUNDS_REMEMBERED = 1024
 _CLOSE_TIMEOUT_S = 1.0
 
@@ -83,26 +86,40 @@ class Exchanged:
     sum of what all reducers measured of it: it sends to all at once."""
 
 
-def plan_exchange(round_id: bytes, members: Iterable[ExchangeMember], size: int, wire: WireFormat) -> ExchangePlan:
-    """A plan whose parts suit the members' rates (hivemind's load balancing). To be made by one member and told to the others.
+def share_out(rates: Sequence[float | None]) -> list[int]:
+    """What part of the vector each member should sum, by hivemind's load balancing; the shares' sum is 2**20.
 
-    Raises ValueError if nobody can reduce, nobody has a gradient, or a member is named twice.
+    rates: bytes per second that each can send. None: not measured, counts as the mean of the others. 0: reduces nothing.
+    ValueError if all are 0.
     """
-    ordered = tuple(sorted(members, key=lambda member: member.peer_id))
-    rates = [member.rate_bytes_per_s for member in ordered]
-    if len(ordered) == 1:
-        return ExchangePlan(round_id, ordered, (size,), wire)
     if all(rate == 0 for rate in rates):
         raise ValueError("no member of the group can be reached by the others, so none can reduce")
     fastest = max((rate for rate in rates if rate), default=1.0)
     # hivemind's solver gives wrong parts for large figures, and the same part to everybody (the unreachable too) if it fails.
-    relative = [max(rate / fastest, _MIN_RATE_RATIO) if rate else rate for rate in rates]
+    # A rate is measured while others send, too: what differs by less than a factor of two is taken for equal.
+    relative = [_power_of_two(max(rate / fastest, _MIN_RATE_RATIO)) if rate else rate for rate in rates]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "It is normal for this to happen occasionally"
-        parts = load_balance_peers(size, relative, _MIN_PART)
-    if any(part and rate == 0 for part, rate in zip(parts, rates, strict=True)):
-        parts = load_balance_peers(size, [0.0 if rate == 0 else None for rate in rates])
-    return ExchangePlan(round_id, ordered, tuple(map(int, parts)), wire)
+        shares = load_balance_peers(_SHARES, relative)
+    if any(share and rate == 0 for share, rate in zip(shares, rates, strict=True)):
+        shares = load_balance_peers(_SHARES, [0.0 if rate == 0 else None for rate in rates])
+    return [int(share) for share in shares]
+
+
+def _power_of_two(ratio: float) -> float:
+    return float(2.0 ** round(math.log2(ratio)))
+
+
+def plan_exchange(
+    round_id: bytes, members: Sequence[ExchangeMember], shares: Sequence[int], size: int, wire: WireFormat
+) -> ExchangePlan:
+    """The plan in which members with these shares sum that much of `size` values.
+
+    Raises ValueError if nobody has a share, nobody has a gradient, or a member is named twice.
+    """
+    ordered = sorted(zip(members, shares, strict=True), key=lambda pair: pair[0].peer_id)
+    parts = cut_parts(size, [share for _, share in ordered], _MIN_PART)
+    return ExchangePlan(round_id, tuple(member for member, _ in ordered), parts, wire)
 
 
 class Averager:

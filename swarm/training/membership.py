@@ -22,12 +22,12 @@ from torch import Tensor
 from protos import training_pb2
 from swarm.epoch import member as m
 from swarm.epoch.ledger import Ledger
-from swarm.epoch.messages import EARLY, Commit, Message, Place, Rules, Term
+from swarm.epoch.messages import EARLY, Commit, Message, Place, Rate, Rules, Term
 from swarm.errors import BadReply, BadRequest, PeerFailed
 from swarm.exchange import ExchangeFailed, ExchangeMember
 from swarm.member_record import MemberRecord
 from swarm.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
-from swarm.p2p.averaging import Averager, Exchanged, plan_exchange
+from swarm.p2p.averaging import Averager, Exchanged, plan_exchange, share_out
 from swarm.p2p.directory import Directory
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host, strip_peer_id
@@ -44,6 +44,8 @@ from swarm.training.wire import is_signed, sign_commit
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_LEAST_ANNOUNCE_PAUSE_S = 0.5
 
 
 class Work(Protocol):
@@ -137,9 +139,8 @@ class Membership:
         """Which step the weights are at; changed on the device thread, together with them."""
         self.member = m.Member(
             host.peer_id, stage, rules_of(spec, spec.num_eval_samples and -(-spec.num_eval_samples // spec.microbatch)),
-            ledger, start, {}, early=early, capacity=capacity,
+            ledger, start, {}, early=early, capacity=capacity, is_reachable=is_reachable, share_out=share_out,
         )  # fmt: skip
-        self.member.rate = -1 if is_reachable else 0
         self.on_commit: list[Callable[[Commit], None]] = []
         self._events: asyncio.Queue[m.Event] = asyncio.Queue()
         self._held: dict[tuple[Term, int], Exchanged] = {}
@@ -147,6 +148,7 @@ class Membership:
         self._averaging: tuple[tuple[Term, int], asyncio.Task[None]] | None = None
         self._download: asyncio.Task[None] | None = None
         self._state = ShardState.JOINING
+        self._was_at_work, self._has_news = False, asyncio.Event()
         self._addresses: tuple[str, ...] = ()
         self._leaderless_ticks = 0
         self._lost_at: dict[str, float] = {}
@@ -187,6 +189,11 @@ class Membership:
         return self.member.place
 
     @property
+    def _is_at_work(self) -> bool:
+        """Whether it has somebody to follow, and the weights to do so."""
+        return not self.member.is_downloading and bool(self.member.term.peer or self.member.last_commit)
+
+    @property
     def is_over(self) -> bool:
         """Whether the run has come to its end, as far as this member knows."""
         return self.place.epoch >= self.spec.num_epochs
@@ -206,17 +213,23 @@ class Membership:
         await self._links.start()
         body = asyncio.current_task()
         assert body is not None
+        failures: list[BaseException] = []
         tasks = [asyncio.create_task(part()) for part in (self._run, self._tick, self._search, self._announce)]
 
         def on_done(task: asyncio.Task[None]) -> None:
-            if not task.cancelled() and task.exception() is not None:
-                log.error("member failed", exc_info=task.exception())
+            if not task.cancelled() and (failure := task.exception()) is not None:
+                failures.append(failure)
                 body.cancel()
 
         for task in tasks:
             task.add_done_callback(on_done)
         try:
             yield
+        except asyncio.CancelledError:
+            if not failures:
+                raise
+            body.uncancel()
+            raise failures[0] from None
         finally:
             await self._links.flush(2.0)
             await self._end(tasks)
@@ -246,7 +259,7 @@ class Membership:
             peer_id=self.host.peer_id,
             run_id=self.run_id,
             stage=self.stage,
-            state=self._state,
+            state=ShardState.JOINING if self._state is ShardState.ONLINE and not self._is_at_work else self._state,
             epoch=self.place.epoch,
             lineage=self.place.lineage,
             expires_at=time.time() + self.config.record_lifetime_s,
@@ -265,12 +278,15 @@ class Membership:
         while True:
             event = await self._events.get()
             await self._perform(self.member.apply(event))
+            if self._is_at_work is not self._was_at_work:
+                self._has_news.set()
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(self.config.tick_s)
             self.feed(m.Tick())
-            self._leaderless_ticks = 0 if self.member.term.peer else self._leaderless_ticks + 1
+            leader = self.member.term.peer
+            self._leaderless_ticks = 0 if leader and leader not in self.member.lost else self._leaderless_ticks + 1
             if self._leaderless_ticks >= self.config.impatient_after_ticks:
                 self._leaderless_ticks = 0
                 self.feed(m.Impatient())
@@ -296,12 +312,17 @@ class Membership:
         self._state = ShardState.ONLINE
         republish_at = 0.0
         while True:
+            self._has_news.clear()
+            self._was_at_work = self._is_at_work
             if not await self.directory.publish_member(self.record()):
                 log.warning("member record not stored")
             if time.monotonic() > republish_at:  # so that the owner may be away
                 await self.directory.publish_run(self._store.raw)
                 republish_at = time.monotonic() + MAX_LIFETIME_S / 3
-            await asyncio.sleep(self.config.record_lifetime_s / 3 * random.uniform(0.8, 1.0))
+            await asyncio.sleep(_LEAST_ANNOUNCE_PAUSE_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.config.record_lifetime_s / 3 * random.uniform(0.8, 1.0)):
+                    await self._has_news.wait()
 
     # Actions.
 
@@ -367,20 +388,13 @@ class Membership:
     async def _average(self, order: m.Average, place: Place) -> None:
         own = next(one for one in order.group if one.peer == self.host.peer_id)
         named = (self.run_id, place.lineage, f"{place.epoch}/{self.stage}/{order.term}/{order.attempt}".encode())
-        members = [
-            ExchangeMember(
-                one.peer,
-                self.addresses_of(one.peer),
-                one.has_gradient,
-                None if one.rate < 0 else float(one.rate),
-            )
-            for one in order.group
-        ]
+        members = [ExchangeMember(one.peer, self.addresses_of(one.peer), one.has_gradient) for one in order.group]
         started = time.monotonic()
         try:
             await self.work.on_device(lambda: None)  # whatever was being added is in now
             round_id = hashlib.sha256(b"\0".join(named)).digest()
-            plan = plan_exchange(round_id, members, self.parameters.size, self.spec.averaging)
+            shares = [one.share for one in order.group]
+            plan = plan_exchange(round_id, members, shares, self.parameters.size, self.spec.averaging)
             vector = self.gradient.vector if own.has_gradient else None
             done = await self._averager.average(
                 plan, vector, residual=self._residual, timeout_s=self.config.round_timeout_s
@@ -398,6 +412,8 @@ class Membership:
             return
         self.counters.averaging_s += time.monotonic() - started
         self.counters.bytes_averaged += done.bytes_sent
+        if done.rates:
+            self.member.measured = tuple(Rate(peer, int(rate)) for peer, rate in sorted(done.rates.items()))
         self._held[order.term, order.attempt] = done
         self.feed(m.Averaged(order.term, order.attempt, digest, norm))
 
@@ -466,6 +482,7 @@ class Membership:
                 self._tell(commit)
             self.feed(m.Installed(place, commit))
             return
+        log.warning("nobody gave the state of this stage stage=%d asked=%d", self.stage, len(candidates))
         await asyncio.sleep(self.config.tick_s)
         self.feed(m.Installed(self.member.place, self.member.last_commit))
 

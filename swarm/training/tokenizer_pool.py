@@ -20,8 +20,9 @@ from types import TracebackType
 from typing import Any, Protocol, TypeAlias
 
 from swarm.errors import UserError
+from swarm.tokenizer_files import load_tokenizer
 from swarm.training.data_document import Document
-from swarm.training.tokenizing import Tokens, load_tokenizer, tokenize_documents
+from swarm.training.tokenizing import Tokens, tokenize_documents
 
 Load: TypeAlias = Callable[[], Sequence[Document]]
 

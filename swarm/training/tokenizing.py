@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -87,13 +86,3 @@ def eos_id(tokenizer: Any) -> int:
 def pad_id(tokenizer: Any) -> int:
     """What fills a sample that is not full; its label is IGNORED, so any token would do."""
     return eos_id(tokenizer) if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The transformers tokenizer in a folder. Runs no code from it."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no usable tokenizer ({error}): download it again") from error

@@ -36,7 +36,7 @@ from swarm.exchange import (
     split_message,
 )
 from swarm.messages import PROTOCOL_MAJOR, own_version
-from swarm.p2p.averaging import Averager, AveragerConfig, Exchanged, plan_exchange
+from swarm.p2p.averaging import Averager, AveragerConfig, Exchanged, plan_exchange, share_out
 from swarm.p2p.averaging_streams import EXCHANGE_PROTOCOL
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host, HostConfig, running_host
@@ -139,11 +139,11 @@ def plan_of(
             peer.peer_id,
             () if number in outgoing_only else peer.addresses,
             number not in no_gradient,
-            0.0 if number in outgoing_only else 1e6,
         )
         for number, peer in enumerate(peers)
     ]
-    return plan_exchange(os.urandom(32), members, size, wire)
+    shares = share_out([0.0 if number in outgoing_only else 1e6 for number in range(len(peers))])
+    return plan_exchange(os.urandom(32), members, shares, size, wire)
 
 
 def vectors_of(plan: ExchangePlan, seed: int = 0) -> list[Tensor | None]:
@@ -578,7 +578,7 @@ async def test_a_member_that_never_begins_or_cannot_be_reached_is_named(impatien
     nowhere = tuple(address.rpartition("/tcp/")[0] + "/tcp/1" for address in impatient[2].addresses)
     stranger = ExchangeMember("12D3KooWJvyP3VJYymTqG7eH4PM5rN4T2agk5cdNCfNymAqwqcvZ", nowhere)
     members = [*plan.members[:2], stranger]
-    plan = plan_exchange(os.urandom(32), members, 1000, WireFormat.FP32)
+    plan = plan_exchange(os.urandom(32), members, [1, 1, 1], 1000, WireFormat.FP32)
     outcomes = await attempt(impatient[:2], plan, [torch.zeros(1000), torch.zeros(1000)])
     assert_named(outcomes, {stranger.peer_id}, "could not be reached")
 

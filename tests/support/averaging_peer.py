@@ -31,7 +31,7 @@ from swarm.tensors import WireFormat
 def plan_with(others: Sequence[Sequence[Any]], victim: Sequence[Any], round_id: bytes, size: int) -> ExchangePlan:
     """others, victim: (peer id, addresses)."""
     members = [ExchangeMember(peer_id, tuple(addresses)) for peer_id, addresses in [*others, victim]]
-    return plan_exchange(round_id, members, size, WireFormat.FP32)
+    return plan_exchange(round_id, members, [1] * len(members), size, WireFormat.FP32)
 
 
 def exchange_locally(

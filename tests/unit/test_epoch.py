@@ -8,7 +8,7 @@ import math
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -33,6 +33,7 @@ from swarm.epoch.messages import (
     Owner,
     Place,
     Prepare,
+    Rate,
     Redirect,
     Report,
     RoundFailed,
@@ -41,6 +42,7 @@ from swarm.epoch.messages import (
     UnitResult,
     Void,
     Where,
+    equal_shares,
     rank_leaders,
 )
 from tests.support.epoch_simulation import START, Faults, World, run_schedule
@@ -314,9 +316,15 @@ def hello(peer: str, roster: dict[str, int] = ROSTER, **changes: Any) -> Hello:
 class Led:
     """A coordinator with its members, all of whom obey; every letter that it writes is kept."""
 
-    def __init__(self, rules: Rules = RULES, roster: dict[str, int] = ROSTER, **hellos: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        rules: Rules = RULES,
+        roster: dict[str, int] = ROSTER,
+        share_out: Callable[[Sequence[float | None]], Sequence[int]] = equal_shares,
+        **hellos: dict[str, Any],
+    ) -> None:
         self.roster = roster
-        self.coordinator = Coordinator("n0", PLACE, TERM, rules, roster)
+        self.coordinator = Coordinator("n0", PLACE, TERM, rules, roster, share_out)
         self.letters: list[Letter] = self.coordinator.start()
         for peer in roster:
             self.say(peer, hello(peer, roster, **hellos.get(peer, {})))
@@ -449,6 +457,36 @@ def test_of_two_ledgers_that_hold_the_same_microbatch_one_is_void() -> None:
     assert led.told(Void) == [("n1", Void(PLACE, TERM, 101))]
     led.say("n1", hello("n1", ledger_id=555))
     assert led.leases()[0][1].owners == (Owner("n0", 100),)
+
+
+def test_a_hello_that_names_another_ones_ledger_does_not_touch_that_ledger() -> None:
+    led = Led()
+    led.finish(0)
+    held = dict(led.coordinator._counts.held)
+    answer = led.say("n9", Hello(PLACE, TERM, 0, ledger_of("n0"), frozenset({0})))
+    assert answer == [("n9", Void(PLACE, TERM, ledger_of("n0")))]
+    assert led.coordinator._counts.held == held and not led.coordinator._fenced
+    assert led.say("n0", hello("n0", units=frozenset({0}))) == []
+
+
+def test_shares_follow_what_was_measured_of_each_replica_and_who_cannot_be_reached_sums_nothing() -> None:
+    seen: list[Sequence[float | None]] = []
+
+    def share_out(rates: Sequence[float | None]) -> list[int]:
+        seen.append(rates)
+        return equal_shares(rates)
+
+    roster = {"n0": 0, "n1": 0, "n2": 0, "t3": 1}
+    measured = {
+        "n0": {"measured": (Rate("n1", 300), Rate("n0", 10**9))},  # of oneself nobody measures anything
+        "n1": {"measured": (Rate("n0", 100),)},
+        "n2": {"measured": (Rate("n1", 200), Rate("t3", 7)), "is_reachable": False},
+    }
+    led = Led(Rules(num_stages=2, num_units=1), roster, share_out, **measured)
+    led.finish_all()
+    (_, prepare), *_ = led.told(Prepare)
+    assert seen == [[100.0, 500.0, 0.0], [None]]
+    assert [(one.peer, one.share) for one in prepare.group] == [("n0", 1), ("n1", 1), ("n2", 0)]
 
 
 def test_a_trainers_ledger_without_results_or_with_unsound_ones_is_void() -> None:

@@ -167,7 +167,7 @@ MALFORMED: dict[str, Any] = {
         PLACE, TERM, 0, 1, frozenset(), results=(m.UnitResult(wire.MAX_UNIT, 1, 1.0),)
     ),
     "an owner too long": m.Lease(PLACE, TERM, 1, 1, (m.Owner("x" * 501, 1),)),
-    "a group's member too long": m.Prepare(PLACE, TERM, 0, (m.GroupMember("x" * 501, True),), 1, frozenset()),
+    "a group's member too long": m.Prepare(PLACE, TERM, 0, (m.GroupMember("x" * 501, True, 1),), 1, frozenset()),
     "a culprit of a round too long": m.RoundFailed(PLACE, TERM, 0, frozenset({"x" * 501})),
     "a digest too long": m.Report(PLACE, TERM, 0, b"d" * 65, 1.0),
     "a norm that is no number": dataclasses.replace(COMMIT, norm=math.nan),

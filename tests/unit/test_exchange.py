@@ -27,7 +27,7 @@ from swarm.exchange import (
     read_chunk,
     result_patience_s,
 )
-from swarm.p2p.averaging import plan_exchange
+from swarm.p2p.averaging import plan_exchange, share_out
 from swarm.tensors import WireFormat, encode_tensor
 from tests.support.averaging_peer import exchange_locally
 
@@ -70,27 +70,30 @@ rates_of = st.lists(st.sampled_from([None, 0.0, 1.0, 3e3, 1e6, 1.1e6, 5e7, 1e9])
 @settings(deadline=None)
 @given(rates_of, st.one_of(st.integers(1, 20), st.integers(21, 10**9)), st.randoms())
 def test_a_balanced_plan_gives_every_position_to_somebody_who_can_be_reached(rates, size, random):
-    members = [ExchangeMember(f"peer{number}", rate_bytes_per_s=rate) for number, rate in enumerate(rates)]
+    members = [ExchangeMember(f"peer{number}") for number in range(len(rates))]
     random.shuffle(members)
-    if len(rates) > 1 and all(rate == 0 for rate in rates):
+    rate_of = dict(zip((member.peer_id for member in members), rates, strict=True))
+    if all(rate == 0 for rate in rates):
         with pytest.raises(ValueError, match="can be reached"):
-            plan_exchange(bytes(32), members, size, WireFormat.FP32)
+            share_out(rates)
         return
-    plan = plan_exchange(bytes(32), members, size, WireFormat.FP32)
+    shares = share_out(rates)
+    plan = plan_exchange(bytes(32), members, shares, size, WireFormat.FP32)
     assert [member.peer_id for member in plan.members] == sorted(member.peer_id for member in members)
-    assert plan.size == size and plan_exchange(bytes(32), members[::-1], size, WireFormat.FP32) == plan
+    assert plan.size == size and plan_exchange(bytes(32), members[::-1], shares[::-1], size, WireFormat.FP32) == plan
     for member, part in zip(plan.members, plan.parts, strict=True):
-        assert part == 0 or member.rate_bytes_per_s != 0 or len(members) == 1
+        assert part == 0 or rate_of[member.peer_id] != 0
 
 
 def test_equal_rates_give_equal_parts_and_faster_members_larger_ones():
     def parts(*rates):
-        members = [ExchangeMember(str(number), rate_bytes_per_s=rate) for number, rate in enumerate(rates)]
-        return plan_exchange(bytes(32), members, 9_000_000, WireFormat.INT8).parts
+        members = [ExchangeMember(str(number)) for number in range(len(rates))]
+        return plan_exchange(bytes(32), members, share_out(rates), 9_000_000, WireFormat.INT8).parts
 
-    assert parts(1e9, 1e9, 1e9) == parts(None, None, None) == (3_000_000, 3_000_000, 3_000_000)
+    assert parts(1e9, 1e9) == parts(None, None) == parts(1.3e6, 1e6) == (4_500_000, 4_500_000)
+    assert max(parts(1e9, 1e9, 1e9)) - min(parts(1e9, 1e9, 1e9)) < 20
     assert parts(1e6, 1e6, 0) == (4_500_000, 4_500_000, 0)
-    slow, middle, fast = parts(1e6, 2e6, 3e6)
+    slow, middle, fast = parts(1e6, 2e6, 4e6)
     assert slow < middle < fast
     assert parts(1e3, 1e9, 0)[2] == 0
 
@@ -117,8 +120,6 @@ def test_a_plan_that_makes_no_sense_cannot_be_made(changes, reason):
     }
     with pytest.raises(ValueError, match=reason):
         ExchangePlan(**{**fields, **changes})
-    with pytest.raises(ValueError, match="finite and not negative"):
-        ExchangeMember("a", rate_bytes_per_s=math.nan)
 
 
 def test_the_digest_names_everything_that_members_must_agree_on():
@@ -133,7 +134,7 @@ def test_the_digest_names_everything_that_members_must_agree_on():
     ]
     digests = {ExchangePlan(**{**fields, **change}).digest for change in [{}, *changes]}
     assert len(digests) == len(changes) + 1
-    moved = (a, ExchangeMember("b", addresses=("/ip4/192.0.2.1/tcp/1",), rate_bytes_per_s=7.0))
+    moved = (a, ExchangeMember("b", addresses=("/ip4/192.0.2.1/tcp/1",)))
     assert ExchangePlan(**{**fields, "members": moved}).digest == ExchangePlan(**fields).digest
 
 
