@@ -69,8 +69,8 @@ class ExchangeMember:
     """False: sends nothing (but may reduce), and gets the result."""
 
 
-def cut_parts(size: int, shares: Sequence[int], min_part: int) -> tuple[int, ...]:
-    """How many of `size` values each member sums, in proportion to the shares; no part but the largest is below min_part.
+def cut_parts(size: int, shares: Sequence[int]) -> tuple[int, ...]:
+    """How many of `size` values each member sums, in proportion to the shares.
 
     Whole numbers only, so that everybody who computes it gets the same. ValueError if nobody has a share.
     """
@@ -78,7 +78,6 @@ def cut_parts(size: int, shares: Sequence[int], min_part: int) -> tuple[int, ...
     if total <= 0 or min(shares) < 0:
         raise ValueError(f"need shares of which at least one is positive, got {list(shares)}")
     parts = [size * share // total for share in shares]
-    parts = [part if part >= min_part else 0 for part in parts]
     parts[shares.index(max(shares))] += size - sum(parts)
     return tuple(parts)
 

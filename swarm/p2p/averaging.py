@@ -42,11 +42,11 @@ from swarm.tensors import WireFormat
 
 log = logging.getLogger(__name__)
 
-# Smaller parts are not worth a stream from everybody.
-_MIN_PART = 16 * 1024
 # A peer with less than this share of the fastest one's rate counts as if it had it: hivemind's solver fails below.
 _MIN_RATE_RATIO = 1e-3
 _SHARES = 2**20
+# Less is not worth a stream from everybody.
+_MIN_SHARE = _SHARES // 64
 _MAX_ROUNDS_REMEMBERED = 1024
 _CLOSE_TIMEOUT_S = 1.0
 
@@ -90,8 +90,10 @@ def share_out(rates: Sequence[float | None]) -> list[int]:
     """What part of the vector each member should sum, by hivemind's load balancing; the shares' sum is 2**20.
 
     rates: bytes per second that each can send. None: not measured, counts as the mean of the others. 0: reduces nothing.
-    ValueError if all are 0.
+    ValueError if all are 0, unless there is only one, who need not be reached.
     """
+    if len(rates) == 1:
+        return [_SHARES]
     if all(rate == 0 for rate in rates):
         raise ValueError("no member of the group can be reached by the others, so none can reduce")
     fastest = max((rate for rate in rates if rate), default=1.0)
@@ -100,7 +102,7 @@ def share_out(rates: Sequence[float | None]) -> list[int]:
     relative = [_power_of_two(max(rate / fastest, _MIN_RATE_RATIO)) if rate else rate for rate in rates]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "It is normal for this to happen occasionally"
-        shares = load_balance_peers(_SHARES, relative)
+        shares = load_balance_peers(_SHARES, relative, _MIN_SHARE)
     if any(share and rate == 0 for share, rate in zip(shares, rates, strict=True)):
         shares = load_balance_peers(_SHARES, [0.0 if rate == 0 else None for rate in rates])
     return [int(share) for share in shares]
@@ -118,7 +120,7 @@ def plan_exchange(
     Raises ValueError if nobody has a share, nobody has a gradient, or a member is named twice.
     """
     ordered = sorted(zip(members, shares, strict=True), key=lambda pair: pair[0].peer_id)
-    parts = cut_parts(size, [share for _, share in ordered], _MIN_PART)
+    parts = cut_parts(size, [share for _, share in ordered])
     return ExchangePlan(round_id, tuple(member for member, _ in ordered), parts, wire)
 
 
