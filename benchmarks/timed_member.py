@@ -25,7 +25,8 @@ times = {"forward_s": 0.0, "backward_s": 0.0, "idle_s": 0.0, "last_backward_at":
 class TimedMembership(membership.Membership):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.on_commit.append(self._write)
+        if not self.is_keeper:
+            self.on_commit.append(self._write)
 
     def _write(self, commit: Any) -> None:
         line = {

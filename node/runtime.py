@@ -26,6 +26,7 @@ from node.service import NodeService
 from node.shard import DTYPES, Shard, load_shard
 from node.throughput import Throughput, measure_throughput
 from swarm.checkpoint import Checkpoint, open_checkpoint
+from swarm.ending import cancelled
 from swarm.errors import SwarmError, UserError
 from swarm.messages import NODE_PROTOCOL, PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
 from swarm.p2p.directory import Directory
@@ -182,11 +183,7 @@ class Node:
             if renewal.done():
                 renewal.result()
         finally:
-            pending = set(tasks)
-            while pending:  # Python 3.11's wait_for, inside hivemind, may swallow a cancellation: ask again
-                for task in pending:
-                    task.cancel()
-                _, pending = await asyncio.wait(pending, timeout=0.5)
+            await cancelled(tasks)
 
     def _session_limits(self) -> SessionLimits:
         config = self.config

@@ -17,7 +17,7 @@ class SignedRunSpec(_message.Message):
     def __init__(self, payload: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., owner: _Optional[str] = ...) -> None: ...
 
 class RunSpec(_message.Message):
-    __slots__ = ("name", "config_json", "weights", "seed", "initial_digests", "tokenizer", "stage_ends", "sequence_length", "target_batch", "microbatch", "optimizer", "precision", "dropout", "averaging", "delay", "data", "held_out", "eval_every", "num_epochs", "min_replicas")
+    __slots__ = ("name", "config_json", "weights", "seed", "initial_digests", "tokenizer", "stage_ends", "sequence_length", "target_batch", "microbatch", "optimizer", "precision", "dropout", "averaging", "delay", "data", "held_out", "eval_every", "num_epochs", "min_replicas", "keepers", "checkpoint_every")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,8 @@ class RunSpec(_message.Message):
     EVAL_EVERY_FIELD_NUMBER: _ClassVar[int]
     NUM_EPOCHS_FIELD_NUMBER: _ClassVar[int]
     MIN_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    KEEPERS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_EVERY_FIELD_NUMBER: _ClassVar[int]
     name: str
     config_json: bytes
     weights: str
@@ -58,7 +60,9 @@ class RunSpec(_message.Message):
     eval_every: int
     num_epochs: int
     min_replicas: int
-    def __init__(self, name: _Optional[str] = ..., config_json: _Optional[bytes] = ..., weights: _Optional[str] = ..., seed: _Optional[int] = ..., initial_digests: _Optional[_Iterable[bytes]] = ..., tokenizer: _Optional[_Iterable[_Union[TokenizerFile, _Mapping]]] = ..., stage_ends: _Optional[_Iterable[int]] = ..., sequence_length: _Optional[int] = ..., target_batch: _Optional[int] = ..., microbatch: _Optional[int] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., precision: _Optional[str] = ..., dropout: _Optional[float] = ..., averaging: _Optional[str] = ..., delay: _Optional[int] = ..., data: _Optional[_Union[RunData, _Mapping]] = ..., held_out: _Optional[_Union[RunData, _Mapping]] = ..., eval_every: _Optional[int] = ..., num_epochs: _Optional[int] = ..., min_replicas: _Optional[int] = ...) -> None: ...
+    keepers: int
+    checkpoint_every: int
+    def __init__(self, name: _Optional[str] = ..., config_json: _Optional[bytes] = ..., weights: _Optional[str] = ..., seed: _Optional[int] = ..., initial_digests: _Optional[_Iterable[bytes]] = ..., tokenizer: _Optional[_Iterable[_Union[TokenizerFile, _Mapping]]] = ..., stage_ends: _Optional[_Iterable[int]] = ..., sequence_length: _Optional[int] = ..., target_batch: _Optional[int] = ..., microbatch: _Optional[int] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., precision: _Optional[str] = ..., dropout: _Optional[float] = ..., averaging: _Optional[str] = ..., delay: _Optional[int] = ..., data: _Optional[_Union[RunData, _Mapping]] = ..., held_out: _Optional[_Union[RunData, _Mapping]] = ..., eval_every: _Optional[int] = ..., num_epochs: _Optional[int] = ..., min_replicas: _Optional[int] = ..., keepers: _Optional[int] = ..., checkpoint_every: _Optional[int] = ...) -> None: ...
 
 class TokenizerFile(_message.Message):
     __slots__ = ("name", "sha256")

@@ -56,16 +56,18 @@ class MemberMessage(_message.Message):
     def __init__(self, introduction: _Optional[_Union[Introduction, _Mapping]] = ..., lead: _Optional[_Union[Lead, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., redirect: _Optional[_Union[Redirect, _Mapping]] = ..., where: _Optional[_Union[Where, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., confirm: _Optional[_Union[Confirm, _Mapping]] = ..., void: _Optional[_Union[Void, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., round_failed: _Optional[_Union[RoundFailed, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., excluded: _Optional[_Union[Excluded, _Mapping]] = ..., get_state: _Optional[_Union[GetState, _Mapping]] = ..., state: _Optional[_Union[StateHeader, _Mapping]] = ..., refusal: _Optional[_Union[_node_pb2.Refusal, _Mapping]] = ..., get_artifact: _Optional[_Union[GetArtifact, _Mapping]] = ..., artifact: _Optional[_Union[Artifact, _Mapping]] = ...) -> None: ...
 
 class Introduction(_message.Message):
-    __slots__ = ("version", "run_id", "stage", "is_request")
+    __slots__ = ("version", "run_id", "stage", "is_request", "to_stage")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     IS_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TO_STAGE_FIELD_NUMBER: _ClassVar[int]
     version: _node_pb2.ProtocolVersion
     run_id: bytes
     stage: int
     is_request: bool
-    def __init__(self, version: _Optional[_Union[_node_pb2.ProtocolVersion, _Mapping]] = ..., run_id: _Optional[bytes] = ..., stage: _Optional[int] = ..., is_request: bool = ...) -> None: ...
+    to_stage: int
+    def __init__(self, version: _Optional[_Union[_node_pb2.ProtocolVersion, _Mapping]] = ..., run_id: _Optional[bytes] = ..., stage: _Optional[int] = ..., is_request: bool = ..., to_stage: _Optional[int] = ...) -> None: ...
 
 class Place(_message.Message):
     __slots__ = ("epoch", "lineage")

@@ -40,6 +40,8 @@ class MemberRecord:
     loss: float | None = None
     """Mean per token over the last epoch that it took part in; None: nothing to tell."""
     addresses: tuple[str, ...] = ()
+    is_keeper: bool = False
+    """A node that holds the ends beside its stage: they outlive the trainers with it."""
     protocol_major: int = 1
     protocol_minor: int = 0
     software: str = ""
@@ -91,6 +93,7 @@ def sign_member(record: MemberRecord, identity: Identity) -> bytes:
         bandwidth_bytes_per_s=record.bandwidth_bytes_per_s,
         loss=record.loss,
         addresses=record.addresses,
+        is_keeper=record.is_keeper,
     )
     return seal(message, identity, "announce fewer addresses")
 
@@ -113,6 +116,7 @@ def open_member(raw: bytes) -> MemberRecord:
         bandwidth_bytes_per_s=message.bandwidth_bytes_per_s,
         loss=message.loss if message.HasField("loss") else None,
         addresses=tuple(message.addresses),
+        is_keeper=message.is_keeper,
         protocol_major=message.version.major,
         protocol_minor=message.version.minor,
         software=message.version.software,

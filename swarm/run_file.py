@@ -41,6 +41,8 @@ KEYS: dict[str, tuple[str, ...]] = {
         "delay",
         "eval_every",
         "min_replicas",
+        "keepers",
+        "checkpoint_every",
     ),
     "model": ("config", "weights", "seed"),
     "tokenizer": ("path",),
@@ -111,7 +113,7 @@ def _read(top: _Section, path: Path) -> RunFile:
         held_out=held_out,
         num_epochs=_read_end(end, target_batch),
         **model.given("seed"),
-        **top.given("microbatch", "dropout", "delay", "eval_every", "min_replicas"),
+        **top.given("microbatch", "dropout", "delay", "eval_every", "min_replicas", "keepers", "checkpoint_every"),
         **top.given_kinds(precision=Precision, averaging=WireFormat),
     )
     _check_length(spec)

@@ -213,6 +213,10 @@ class RunSpec:
     """Epochs between evaluations on held_out; 0: never."""
     min_replicas: int = 1
     """The first epoch waits until every stage, and the ends, have so many."""
+    keepers: int = 2
+    """Nodes that hold the ends, too, so that they outlive the trainers."""
+    checkpoint_every: int = 100
+    """Epochs between the states that every member keeps on its disk."""
     num_epochs: int
 
     def __post_init__(self) -> None:
@@ -235,6 +239,8 @@ class RunSpec:
         check_one_of("averaging", self.averaging, WireFormat)
         check_whole("delay", self.delay, 0, 1)
         check_whole("min_replicas", self.min_replicas, 1, 1000)
+        check_whole("keepers", self.keepers, 0, 1000)
+        check_whole("checkpoint_every", self.checkpoint_every, 1, MAX_EPOCHS)
         check_whole("num_epochs", self.num_epochs, 1, MAX_EPOCHS)
         check_whole("eval_every", self.eval_every, 0, MAX_EPOCHS)
         require(
@@ -428,6 +434,8 @@ def _to_message(spec: RunSpec) -> run_pb2.RunSpec:
         eval_every=spec.eval_every,
         num_epochs=spec.num_epochs,
         min_replicas=spec.min_replicas,
+        keepers=spec.keepers,
+        checkpoint_every=spec.checkpoint_every,
     )
 
 
@@ -476,6 +484,8 @@ def _from_message(message: run_pb2.RunSpec) -> RunSpec:
         eval_every=message.eval_every,
         num_epochs=message.num_epochs,
         min_replicas=message.min_replicas,
+        keepers=message.keepers,
+        checkpoint_every=message.checkpoint_every,
     )
 
 

@@ -33,6 +33,8 @@ def run_as_json(store: RunStore) -> dict[str, Any]:
         "held_out": _data_as_json(spec.held_out) if spec.held_out else None,
         "eval_every": spec.eval_every,
         "min_replicas": spec.min_replicas,
+        "keepers": spec.keepers,
+        "checkpoint_every": spec.checkpoint_every,
         "num_epochs": spec.num_epochs,
         "config": dict(spec.config),
     }
@@ -55,6 +57,7 @@ def run_as_text(store: RunStore) -> str:
         "stages": f"{len(spec.stages)} ({' '.join(map(str, spec.stages))}) and the ends",
         "epoch": f"{spec.target_batch} sequences of {spec.sequence_length} tokens, at most {spec.microbatch} a microbatch",
         "begin": f"with {spec.min_replicas} of each stage and of the ends",
+        "kept": f"by every member each {spec.checkpoint_every} epochs; the ends by {spec.keepers} nodes, too",
         "end": f"after {spec.num_epochs} epochs ({samples} sequences, {samples * spec.sequence_length} tokens)",
         "optimizer": _optimizer(spec),
         "precision": f"{spec.precision}, dropout {spec.dropout:g}",

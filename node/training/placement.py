@@ -1,7 +1,8 @@
-"""Which stage a new node should take. Pure."""
+"""Which stage a new node should take, and who keeps the ends. Pure."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 
 from swarm.member_record import MemberRecord
@@ -22,3 +23,21 @@ def choose_stage(members: Iterable[MemberRecord], num_stages: int) -> int:
             rates[member.stage] += member.tokens_per_s or average
             counts[member.stage] += 1
     return min(range(num_stages), key=lambda stage: (rates[stage], counts[stage], stage))
+
+
+def is_keeper_needed(
+    peer_id: str, members: Iterable[MemberRecord], run_id: bytes, ends_stage: int, num_keepers: int, is_keeper: bool
+) -> bool:
+    """Whether a node should keep the ends: the first num_keepers by rendezvous hashing do (Thaler and Ravishankar, 1998).
+
+    Who is a keeper already stays one until so many nodes before it are at work.
+    """
+    present = [member for member in members if member.state == ShardState.ONLINE]
+
+    def rank(one: str) -> bytes:
+        return hashlib.sha256(run_id + one.encode()).digest()
+
+    nodes = {member.peer_id for member in present if member.stage != ends_stage} - {peer_id}
+    keepers = {member.peer_id for member in present if member.is_keeper} - {peer_id}
+    before_us = [node for node in (keepers & nodes if is_keeper else nodes) if rank(node) < rank(peer_id)]
+    return len(before_us) < num_keepers

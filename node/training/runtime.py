@@ -9,18 +9,17 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
-from typing import TypeVar
 
 from node.config import NodeConfig
 from node.executor import Executor
 from node.runtime import host_config_of
 from node.throughput import measure_throughput
+from node.training.device_work import DeviceWork
+from node.training.keeper import Keeper
 from node.training.placement import choose_stage
 from node.training.service import StageLimits, StageService
 from node.training.stage import TrainableStage
-from swarm.epoch import member as m
-from swarm.epoch.messages import Commit, Place
+from swarm.ending import cancelled
 from swarm.errors import UserError
 from swarm.messages import NODE_PROTOCOL
 from swarm.p2p.directory import Directory
@@ -30,10 +29,9 @@ from swarm.signals import Signals
 from swarm.training.find_run import find_run
 from swarm.training.initial import open_initial_weights
 from swarm.training.membership import Membership
+from swarm.training.run_host import run_host
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class TrainingNode:
@@ -60,8 +58,9 @@ class TrainingNode:
             self._check_limits(store)
             stage_number = await self._choose(directory, store)
             stage, tokens_per_s = await self._executor.run(lambda: self._load(store, stage_number))
+            shared = await stack.enter_async_context(run_host(host, directory))
             membership = Membership(
-                host, directory, store, stage_number, stage.parameters, _StageWork(self._executor),
+                shared, store, stage_number, stage.parameters, DeviceWork(self._executor),
                 is_reachable=not config.use_relay, config=config.membership,
             )  # fmt: skip
             membership.tokens_per_s = tokens_per_s
@@ -72,7 +71,8 @@ class TrainingNode:
             gc.collect()
             gc.freeze()
             self._print_ready(await host.addresses(), stage_number, stage, host, time.monotonic() - started)
-            await self._train_until(signals.stop, host)
+            keeper = Keeper(shared, store, self._executor, config.membership, is_reachable=not config.use_relay)
+            await self._train_until(signals.stop, host, keeper)
             log.info("leaving")
 
     def _check_limits(self, store: RunStore) -> None:
@@ -110,16 +110,18 @@ class TrainingNode:
             idle_s=config.session_idle_s,
         )
 
-    async def _train_until(self, stop: asyncio.Event, host: Host) -> None:
+    async def _train_until(self, stop: asyncio.Event, host: Host, keeper: Keeper) -> None:
         stopped, died = asyncio.create_task(stop.wait()), asyncio.create_task(host.wait_until_dead())
+        keeping = asyncio.create_task(keeper.run())
         try:
-            await asyncio.wait([stopped, died], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([stopped, died, keeping], return_when=asyncio.FIRST_COMPLETED)
+            if keeping.done():
+                keeping.result()  # its bugs; else it had nothing to keep
+                await asyncio.wait([stopped, died], return_when=asyncio.FIRST_COMPLETED)
             if died.done():
                 raise UserError("the network daemon (p2pd) of this node died; start the node again")
         finally:
-            for task in (stopped, died):
-                task.cancel()
-            await asyncio.wait([stopped, died])
+            await cancelled([stopped, died, keeping])
 
     def _print_ready(
         self, addresses: list[str], number: int, stage: TrainableStage, host: Host, ready_s: float
@@ -135,22 +137,3 @@ class TrainingNode:
             "pid": os.getpid(),
         }
         print("READY " + json.dumps(ready), flush=True)
-
-
-class _StageWork:
-    """A node's Work: the stage is served by StageService, so only the device is needed here."""
-
-    def __init__(self, executor: Executor) -> None:
-        self._executor = executor
-
-    async def on_device(self, function: Callable[[], T]) -> T:
-        return await self._executor.run(function)
-
-    def run(self, order: m.Run, place: Place) -> None:
-        raise AssertionError("a node is never given a lease")
-
-    def stop_running(self, is_epoch_over: bool) -> None: ...
-
-    def take_gradients(self, unit: int) -> None: ...
-
-    def stepped(self, commit: Commit) -> None: ...

@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator
 
 from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.client.config import ClientConfig
-from swarm.client.ends import Ends
 from swarm.client.microbatch import RemoteBlocks
 from swarm.client.router import Router
 from swarm.client.session import Session
+from swarm.ends import Ends
 from swarm.errors import RouteBroken
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host, HostConfig, running_host

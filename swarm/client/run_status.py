@@ -52,7 +52,13 @@ class RunStatus:
         return self.place is not None and self.place.epoch >= self.spec.num_epochs
 
     def of_stage(self, stage: int) -> list[MemberStatus]:
-        return [member for member in self.members if member.record.stage == stage]
+        """Those that train: nodes, or the trainers."""
+        return [member for member in self.members if member.record.stage == stage and not member.record.is_keeper]
+
+    @property
+    def keepers(self) -> list[MemberStatus]:
+        """Nodes that hold the ends, too."""
+        return [member for member in self.members if member.record.is_keeper]
 
 
 def fetch_run_status(
@@ -135,6 +141,7 @@ def status_as_json(status: RunStatus, initial_peer: str, now: float) -> dict[str
             for stage, span in enumerate(spec.stages)
         ],
         "trainers": [_member_as_json(member, now) for member in status.of_stage(spec.ends_stage)],
+        "keepers": [_member_as_json(member, now) for member in status.keepers],
         "warnings": warnings_of(status, initial_peer),
     }
 
@@ -168,13 +175,13 @@ def status_as_table(status: RunStatus, initial_peer: str, out: TextIO) -> None:
     table = Table()
     for title in ("stage", "blocks", "replicas", "tokens/s", "epochs", "peers"):
         table.add_column(title, overflow="fold")
-    for stage in range(spec.num_stages):
-        is_ends = stage == spec.ends_stage
-        members = status.of_stage(stage)
+    rows = [(str(stage), str(span), status.of_stage(stage)) for stage, span in enumerate(spec.stages)]
+    rows += [("trainers", "-", status.of_stage(spec.ends_stage)), ("keepers of the ends", "-", status.keepers)]
+    for name, span, members in rows:
         tokens_per_s = sum(member.record.tokens_per_s for member in members)
         table.add_row(
-            "trainers" if is_ends else str(stage),
-            "-" if is_ends else str(spec.stages[stage]),
+            name,
+            span,
             str(len(members)),
             f"{tokens_per_s:.0f}" if tokens_per_s else "-",
             _epochs([member.record.epoch for member in members]),

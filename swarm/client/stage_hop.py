@@ -16,6 +16,7 @@ from swarm.errors import BadReply, BadRequest, MicrobatchGone
 from swarm.messages import encode_message, own_version
 from swarm.p2p.host import Host
 from swarm.tensors import FLOATING, Buffer, TensorLimits, WireFormat
+from swarm.training.member_name import peer_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ class StageHops:
 
     async def _open(self, task: StageTask, addresses: tuple[str, ...], deadline: float) -> PeerStream[_Replica]:
         opening = node_pb2.OpenStage(version=own_version(), run_id=self._run_id, stage=task.stage)
-        replica = _Replica(task.owner.peer, addresses)
+        replica = _Replica(peer_of(task.owner.peer), addresses)
         stream = await PeerStream.open(
             self._host, replica, node_pb2.Request(open_stage=opening), "stage_opened", self._config, deadline
         )

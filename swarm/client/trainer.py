@@ -28,7 +28,7 @@ from swarm.epoch import member as m
 from swarm.epoch.messages import EARLY, Commit, Place, UnitResult
 from swarm.errors import Outdated, SwarmError, UserError
 from swarm.p2p.directory import Directory
-from swarm.p2p.host import Host, HostConfig, running_host
+from swarm.p2p.host import HostConfig, running_host
 from swarm.run_spec import DataKind, DataSpec, Precision
 from swarm.run_store import RunStore
 from swarm.tensors import WireFormat
@@ -38,6 +38,7 @@ from swarm.training.find_run import find_run
 from swarm.training.initial import open_initial_weights
 from swarm.training.manifest import Manifest
 from swarm.training.membership import Membership, samples_of
+from swarm.training.run_host import RunHost, run_host
 from swarm.training.tokenizer_pool import TokenizerPool
 
 log = logging.getLogger(__name__)
@@ -65,8 +66,7 @@ class Trainer:
 
     def __init__(
         self,
-        host: Host,
-        directory: Directory,
+        run_host: RunHost,
         store: RunStore,
         ends: TrainableEnds,
         sources: _Sources,
@@ -82,14 +82,14 @@ class Trainer:
         self._units: dict[int, asyncio.Task[None]] = {}
         self._kept: dict[int, list[Tensor | None]] = {}
         self.membership = Membership(
-            host, directory, store, store.spec.ends_stage, ends.parameters, self,
+            run_host, store, store.spec.ends_stage, ends.parameters, self,
             capacity=config.max_in_flight, config=config.membership,
         )  # fmt: skip
         is_bf16 = store.spec.precision is Precision.BF16
         client = ClientConfig(
             model="run", initial_peers=config.initial_peers, microbatch_timeout_s=config.microbatch_timeout_s
         )
-        self.hops = StageHops(host, store.run_id, client, WireFormat.BF16 if is_bf16 else WireFormat.FP32)
+        self.hops = StageHops(run_host.host, store.run_id, client, WireFormat.BF16 if is_bf16 else WireFormat.FP32)
 
     # Work, as Membership asks for it.
 
@@ -130,7 +130,7 @@ class Trainer:
         except UserError as error:  # our data, our disk: nobody else can help
             self.failure = error
             self.done.set()
-            culprit, reason = self.membership.host.peer_id, str(error)
+            culprit, reason = self.membership.name, str(error)
         else:
             self.counters.num_microbatches += 1
             self.counters.num_tokens += result.num_loss_tokens
@@ -285,7 +285,8 @@ async def open_trainer(config: TrainerConfig, pool: TokenizerPool | None = None)
             return TrainableEnds(open_initial_weights(store.spec), store.spec), open_sources(store, config, pool)
 
         ends, sources = await asyncio.to_thread(load)
-        trainer = Trainer(host, directory, store, ends, sources, config)
+        shared = await stack.enter_async_context(run_host(host, directory))
+        trainer = Trainer(shared, store, ends, sources, config)
         stack.push_async_callback(trainer.aclose)
         await stack.enter_async_context(trainer.membership.running())
         yield trainer

@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swarm.client.ends import Ends
 from swarm.decoder import BlockSource
 from swarm.run_spec import Precision, RunSpec
-from swarm.training.initial import check_initial
-from swarm.training.parameters import StageParameters
+from swarm.training.ends_replica import load_ends
 
 _LOGITS_BYTES = 64 * 2**20
 # Of tokens whose logits are in memory together: with fewer, a large head's gradient costs more to add up than to compute.
@@ -40,12 +38,7 @@ class TrainableEnds:
 
     def __init__(self, source: BlockSource, spec: RunSpec) -> None:
         """Loads the run's initial weights. Raises UserError if they are not those that the spec names."""
-        tensors = source.load_ends()
-        check_initial(spec, spec.ends_stage, tensors)
-        self.ends = Ends(source)
-        self.parameters = StageParameters(
-            self.ends.module.named_parameters(), spec.optimizer, is_delayed=spec.delay > 0
-        )
+        self.ends, self.parameters = load_ends(source, spec)
         self._is_bf16 = spec.precision is Precision.BF16
 
     def embed(self, input_ids_BT: Tensor) -> Tensor:

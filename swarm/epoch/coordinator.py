@@ -359,7 +359,8 @@ class Coordinator:
         if self.phase is Phase.ROUND:
             return self._lease_early()
         needed = self.rules.min_replicas if self.place.epoch == 0 else 1
-        if any(self.num_peers[stage] < needed for stage in range(self.rules.num_stages)):
+        num_trainers = sum(view.capacity > 0 for view in self._peers.values())
+        if any(self.num_peers[stage] < needed for stage in range(self.rules.num_stages)) or num_trainers < needed:
             return []
         missing = [unit for unit in self.rules.units_of(self.place.epoch) if not self._is_done(unit)]
         if missing:

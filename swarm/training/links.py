@@ -1,4 +1,4 @@
-"""Links: the streams between the members of a run. Letters go out in order; who does not answer any more is told as lost.
+"""Links: the streams of one member of a run to the others. Letters go out in order; who does not answer any more is told as lost.
 
 A link dials when there is something to send, and uses whatever stream there is, its own or the peer's. It keeps nothing over a
 breakdown: the state machine says again what matters.
@@ -15,27 +15,26 @@ from dataclasses import dataclass, field
 from protos import training_pb2
 from swarm.epoch.messages import Message
 from swarm.errors import BadReply, PeerFailed
-from swarm.messages import own_version, versions_meet
 from swarm.p2p.framing import FramedStream
-from swarm.p2p.host import Host
 from swarm.training.member_config import RUN_PROTOCOL, LinkConfig
+from swarm.training.member_name import member_name, peer_of, stage_of
+from swarm.training.run_host import RunHost, check_introduction, introduction_of
 from swarm.training.wire import MAX_MESSAGE_BYTES, decode, from_wire, to_wire
 
 log = logging.getLogger(__name__)
 
 _MAX_WAITING = 4096
-_INTRODUCTION_TIMEOUT_S = 10.0
 _REDIAL_PAUSE_S = 0.5
 
 
 @dataclass(slots=True)
 class _Link:
-    peer_id: str
+    name: str
+    """Of the other member."""
     addresses: tuple[str, ...] = ()
     outbox: collections.deque[bytes] = field(default_factory=collections.deque)
     filled: asyncio.Event = field(default_factory=asyncio.Event)
     streams: list[FramedStream] = field(default_factory=list)
-    stage: int | None = None
     task: asyncio.Task[None] | None = None
 
 
@@ -43,32 +42,34 @@ RequestHandler = Callable[[str, training_pb2.MemberMessage, FramedStream], Await
 
 
 class Links:
-    """All links of one member. Made by `await start()`, ended by `await aclose()`."""
+    """All links of one member. Begun by `start()`, ended by `await aclose()`."""
 
     def __init__(
         self,
-        host: Host,
+        run_host: RunHost,
         run_id: bytes,
         stage: int,
         *,
         on_message: Callable[[str, Message], None],
-        on_found: Callable[[str, int], None],
+        on_found: Callable[[str], None],
         on_lost: Callable[[str], None],
         on_request: RequestHandler,
         config: LinkConfig | None = None,
     ) -> None:
-        self._host, self._run_id, self._stage = host, run_id, stage
+        """What the callbacks are given first is a member's name, or the peer id of who has a request."""
+        self._run_host, self._run_id, self._stage = run_host, run_id, stage
         self._on_message, self._on_found, self._on_lost, self._on_request = on_message, on_found, on_lost, on_request
         self._config = config or LinkConfig()
         self._links: dict[str, _Link] = {}
         self._watching: set[asyncio.Task[None]] = set()
         self._is_closing = False
 
-    async def start(self) -> None:
-        await self._host.serve(RUN_PROTOCOL, self._accept)
+    def start(self) -> None:
+        self._run_host.open_door(self._run_id, self._stage, self)
 
     async def aclose(self) -> None:
         self._is_closing = True
+        self._run_host.close_door(self._run_id, self._stage)
         tasks = [link.task for link in self._links.values() if link.task is not None] + list(self._watching)
         for task in tasks:
             task.cancel()
@@ -78,27 +79,32 @@ class Links:
             for stream in list(link.streams):
                 await stream.aclose()
 
-    def addresses_of(self, peer_id: str) -> tuple[str, ...]:
-        link = self._links.get(peer_id)
+    def addresses_of(self, name: str) -> tuple[str, ...]:
+        link = self._links.get(name)
         return link.addresses if link is not None else ()
 
-    def know(self, peer_id: str, addresses: tuple[str, ...]) -> None:
+    def know(self, name: str, addresses: tuple[str, ...]) -> None:
         """Where a peer can be dialled."""
-        self._link(peer_id).addresses = addresses
+        self._link(name).addresses = addresses
 
-    def is_up(self, peer_id: str) -> bool:
-        link = self._links.get(peer_id)
+    def is_up(self, name: str) -> bool:
+        if self._is_here(name):
+            return True
+        link = self._links.get(name)
         return link is not None and any(not stream.is_broken for stream in link.streams)
 
-    def probe(self, peer_id: str) -> None:
+    def probe(self, name: str) -> None:
         """Dial a peer that we have no stream to; the answer is on_found or on_lost."""
-        link = self._link(peer_id)
-        if not self.is_up(peer_id):
+        link = self._link(name)
+        if not self.is_up(name):
             link.filled.set()
 
-    def send(self, peer_id: str, message: Message) -> None:
+    def send(self, name: str, message: Message) -> None:
         """Put a letter in the outbox. It is lost if the peer is."""
-        link = self._link(peer_id)
+        if self._is_here(name):
+            self._run_host.pass_on(self._run_id, self._stage, stage_of(name), message)
+            return
+        link = self._link(name)
         if len(link.outbox) >= _MAX_WAITING:
             link.outbox.clear()
         link.outbox.append(to_wire(message).SerializeToString())
@@ -113,9 +119,9 @@ class Links:
         except TimeoutError:
             pass
 
-    async def open_request(self, peer_id: str, request: training_pb2.MemberMessage) -> FramedStream:
+    async def open_request(self, name: str, request: training_pb2.MemberMessage) -> FramedStream:
         """A stream of its own for one request. Raises PeerFailed."""
-        stream = await self._dial(peer_id, self._link(peer_id).addresses, is_request=True)
+        stream = await self._dial(name, self._link(name).addresses, is_request=True)
         try:
             await stream.send([request.SerializeToString()])
         except BaseException:
@@ -123,10 +129,41 @@ class Links:
             raise
         return stream
 
-    def _link(self, peer_id: str) -> _Link:
-        link = self._links.get(peer_id)
+    async def accept(self, stream: FramedStream, introduction: training_pb2.Introduction) -> None:
+        """A peer opened a stream: a link, or a request."""
+        try:
+            async with asyncio.timeout(self._config.connect_timeout_s):
+                await stream.send([introduction_of(self._run_id, self._stage).SerializeToString()])
+                raw = await stream.receive() if introduction.is_request else None
+        except TimeoutError:
+            await stream.fail("no request came")
+            return
+        if introduction.is_request:
+            if raw is not None:
+                await self._on_request(stream.peer_id, decode(raw), stream)
+            return
+        link = self._link(member_name(stream.peer_id, introduction.stage))
+        link.streams.append(stream)
+        link.filled.set()
+        self._on_found(link.name)
+        await self._watch(link, stream)
+
+    def hear(self, name: str, message: Message) -> None:
+        self._on_message(name, message)
+
+    def on_found(self, name: str) -> None:
+        self._on_found(name)
+
+    def on_lost(self, name: str) -> None:
+        self._on_lost(name)
+
+    def _is_here(self, name: str) -> bool:
+        return peer_of(name) == self._run_host.peer_id
+
+    def _link(self, name: str) -> _Link:
+        link = self._links.get(name)
         if link is None:
-            link = self._links[peer_id] = _Link(peer_id)
+            link = self._links[name] = _Link(name)
             if not self._is_closing:
                 link.task = asyncio.create_task(self._drive(link))
         return link
@@ -139,7 +176,7 @@ class Links:
             stream = next((s for s in link.streams if not s.is_broken), None)
             try:
                 if stream is None:
-                    stream = await self._dial(link.peer_id, link.addresses)
+                    stream = await self._dial(link.name, link.addresses)
                     self._adopt(link, stream)
                 while link.outbox:
                     raw = link.outbox.popleft()
@@ -151,17 +188,24 @@ class Links:
                     await self._drop(link, stream, str(error))
                 else:
                     link.outbox.clear()
-                    log.debug("member not reached peer=%s reason=%s", link.peer_id[-8:], error)
-                    self._on_lost(link.peer_id)
+                    log.debug("member not reached member=%s reason=%s", _short(link.name), error)
+                    self._on_lost(link.name)
                     await asyncio.sleep(_REDIAL_PAUSE_S)
 
-    async def _dial(self, peer_id: str, addresses: tuple[str, ...], *, is_request: bool = False) -> FramedStream:
-        stream = await self._host.open_stream(peer_id, RUN_PROTOCOL, self._config.connect_timeout_s, addresses)
+    async def _dial(self, name: str, addresses: tuple[str, ...], *, is_request: bool = False) -> FramedStream:
+        peer_id, to_stage = peer_of(name), stage_of(name)
+        if to_stage < 0:
+            raise PeerFailed(f"no member can be called {name[:80]!r}")
+        timeout_s = self._config.connect_timeout_s
+        stream = await self._run_host.host.open_stream(peer_id, RUN_PROTOCOL, timeout_s, addresses)
         try:
             stream.accept_messages_of(MAX_MESSAGE_BYTES)
-            await stream.send([self._introduction(is_request).SerializeToString()])
-            async with asyncio.timeout(self._config.connect_timeout_s):
-                self._link(peer_id).stage = self._check_introduction(await stream.receive(), peer_id).stage
+            introduction = introduction_of(self._run_id, self._stage, to_stage=to_stage, is_request=is_request)
+            await stream.send([introduction.SerializeToString()])
+            async with asyncio.timeout(timeout_s):
+                answer = check_introduction(await stream.receive(), peer_id)
+            if answer.run_id != self._run_id or (answer.stage != to_stage and not is_request):
+                raise BadReply(f"peer {peer_id[-8:]} is another member than the one that was asked for")
         except TimeoutError:
             await stream.aclose()
             raise PeerFailed(f"peer {peer_id[-8:]} did not introduce itself in time") from None
@@ -170,37 +214,13 @@ class Links:
             raise
         return stream
 
-    def _introduction(self, is_request: bool = False) -> training_pb2.MemberMessage:
-        introduction = training_pb2.Introduction(
-            version=own_version(), run_id=self._run_id, stage=self._stage, is_request=is_request
-        )
-        return training_pb2.MemberMessage(introduction=introduction)
-
-    def _check_introduction(self, raw: bytes | None, peer_id: str) -> training_pb2.Introduction:
-        if raw is None:
-            raise PeerFailed(f"peer {peer_id[-8:]} ended the stream")
-        message = decode(raw)
-        kind = message.WhichOneof("kind")
-        if kind == "refusal":
-            raise PeerFailed(f"peer {peer_id[-8:]} refused: {message.refusal.message[:200]!r}")
-        if kind != "introduction":
-            raise BadReply(f"peer {peer_id[-8:]} did not introduce itself")
-        if not versions_meet(message.introduction.version):
-            raise PeerFailed(
-                f"peer {peer_id[-8:]} speaks another version of the protocol; one of the two must be upgraded"
-            )
-        if message.introduction.run_id != self._run_id:
-            raise PeerFailed(f"peer {peer_id[-8:]} takes part in another run")
-        return message.introduction
-
     def _adopt(self, link: _Link, stream: FramedStream) -> None:
         """Use a stream that both sides introduced themselves on."""
         link.streams.append(stream)
         task = asyncio.create_task(self._watch(link, stream))
         self._watching.add(task)
         task.add_done_callback(self._watching.discard)
-        if link.stage is not None:
-            self._on_found(link.peer_id, link.stage)
+        self._on_found(link.name)
 
     async def _watch(self, link: _Link, stream: FramedStream) -> None:
         """Receive until the stream breaks, and see that the peer is alive when it is silent."""
@@ -215,7 +235,7 @@ class Links:
                     continue
                 if raw is None:
                     break
-                self._on_message(link.peer_id, from_wire(decode(raw)))
+                self._on_message(link.name, from_wire(decode(raw)))
         except PeerFailed as error:
             reason = str(error)
         await self._drop(link, stream, reason)
@@ -227,28 +247,9 @@ class Links:
         await stream.aclose()
         if not link.streams and not self._is_closing:
             link.outbox.clear()
-            log.info("member lost peer=%s reason=%s", link.peer_id[-8:], reason)
-            self._on_lost(link.peer_id)
+            log.info("member lost member=%s reason=%s", _short(link.name), reason)
+            self._on_lost(link.name)
 
-    async def _accept(self, stream: FramedStream) -> None:
-        """A peer opened a stream: a link, or a request."""
-        stream.accept_messages_of(MAX_MESSAGE_BYTES)
-        try:
-            async with asyncio.timeout(_INTRODUCTION_TIMEOUT_S):
-                introduction = self._check_introduction(await stream.receive(), stream.peer_id)
-                await stream.send([self._introduction().SerializeToString()])
-                if introduction.is_request:
-                    raw = await stream.receive()
-        except (PeerFailed, TimeoutError) as error:
-            await stream.fail(str(error) or "no introduction came")
-            return
-        if introduction.is_request:
-            if raw is not None:
-                await self._on_request(stream.peer_id, decode(raw), stream)
-            return
-        link = self._link(stream.peer_id)
-        link.stage = introduction.stage
-        link.streams.append(stream)
-        link.filled.set()
-        self._on_found(stream.peer_id, introduction.stage)
-        await self._watch(link, stream)
+
+def _short(name: str) -> str:
+    return f"{peer_of(name)[-8:]}/{stage_of(name)}"

@@ -20,24 +20,26 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from protos import training_pb2
+from swarm.ending import cancelled
 from swarm.epoch import member as m
 from swarm.epoch.ledger import Ledger
-from swarm.epoch.messages import EARLY, Commit, Message, Place, Rate, Rules, Term
+from swarm.epoch.messages import EARLY, Commit, Hello, Message, Place, Rate, Rules, Term
 from swarm.errors import BadReply, BadRequest, PeerFailed
 from swarm.exchange import ExchangeFailed, ExchangeMember
 from swarm.member_record import MemberRecord
 from swarm.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
-from swarm.p2p.averaging import Averager, Exchanged, plan_exchange, share_out
-from swarm.p2p.directory import Directory
+from swarm.p2p.averaging import Exchanged, plan_exchange, share_out
 from swarm.p2p.framing import FramedStream
-from swarm.p2p.host import Host, strip_peer_id
+from swarm.p2p.host import strip_peer_id
 from swarm.records import MAX_ADDRESSES, MAX_LIFETIME_S, ShardState
 from swarm.run_spec import RunSpec
 from swarm.run_store import RunStore
 from swarm.training.artifacts import send_artifact
 from swarm.training.links import Links
 from swarm.training.member_config import MembershipConfig
+from swarm.training.member_name import member_name, peer_of, stage_of
 from swarm.training.parameters import GradientSum, StageParameters, gradient_digest, square_norm
+from swarm.training.run_host import RunHost
 from swarm.training.state_transfer import fetch_state, send_state
 from swarm.training.wire import is_signed, sign_commit
 
@@ -113,23 +115,26 @@ class Membership:
 
     def __init__(
         self,
-        host: Host,
-        directory: Directory,
+        run_host: RunHost,
         store: RunStore,
         stage: int,
         parameters: StageParameters,
         work: Work,
         *,
         capacity: int = 0,
+        is_keeper: bool = False,
         is_reachable: bool = True,
         config: MembershipConfig | None = None,
     ) -> None:
-        self.host, self.directory, self.stage = host, directory, stage
+        self.run_host, self.stage = run_host, stage
+        self.host, self.directory = run_host.host, run_host.directory
+        self.name = member_name(run_host.peer_id, stage)
         self.spec, self.run_id, self._store = store.spec, store.run_id, store
         spec, run_id = self.spec, self.run_id
         self.parameters, self.work = parameters, work
         self.config = config or MembershipConfig()
         self.counters = Counters()
+        self.is_keeper = is_keeper
         self.last_commit: Commit | None = None
         self.tokens_per_s = 0.0
         self._sums: list[tuple[Ledger, GradientSum]] = []
@@ -138,7 +143,7 @@ class Membership:
         self.weights_at: tuple[Place, Commit | None] = (start, None)
         """Which step the weights are at; changed on the device thread, together with them."""
         self.member = m.Member(
-            host.peer_id, stage, rules_of(spec, spec.num_eval_samples and -(-spec.num_eval_samples // spec.microbatch)),
+            self.name, stage, rules_of(spec, spec.num_eval_samples and -(-spec.num_eval_samples // spec.microbatch)),
             ledger, start, {}, early=early, capacity=capacity, is_reachable=is_reachable, share_out=share_out,
         )  # fmt: skip
         self.on_commit: list[Callable[[Commit], None]] = []
@@ -152,9 +157,8 @@ class Membership:
         self._addresses: tuple[str, ...] = ()
         self._leaderless_ticks = 0
         self._lost_at: dict[str, float] = {}
-        self._averager = Averager(host)
         self._links = Links(
-            host,
+            run_host,
             run_id,
             stage,
             on_message=self._on_message,
@@ -209,8 +213,7 @@ class Membership:
     async def running(self) -> AsyncIterator[None]:
         """Take part while the body runs; leave at its end. Raises what made it impossible to go on."""
         self._addresses = tuple(map(strip_peer_id, await self.host.addresses()))[:MAX_ADDRESSES]
-        await self._averager.start()
-        await self._links.start()
+        self._links.start()
         body = asyncio.current_task()
         assert body is not None
         failures: list[BaseException] = []
@@ -234,9 +237,6 @@ class Membership:
             await self._links.flush(2.0)
             await self._end(tasks)
             await self._links.aclose()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(5):
-                    await self._averager.aclose()
             self._state = ShardState.LEAVING
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(3):
@@ -248,10 +248,7 @@ class Membership:
             pending.add(self._averaging[1])
         if self._download is not None:
             pending.add(self._download)
-        while pending:  # Python 3.11's wait_for, inside hivemind, may swallow a cancellation: ask again
-            for task in pending:
-                task.cancel()
-            _, pending = await asyncio.wait(pending, timeout=0.5)
+        await cancelled(pending)
 
     def record(self) -> MemberRecord:
         commit = self.last_commit
@@ -266,6 +263,7 @@ class Membership:
             tokens_per_s=self.tokens_per_s,
             loss=None if commit is None or not commit.num_loss_tokens else commit.loss_sum / commit.num_loss_tokens,
             addresses=self._addresses,
+            is_keeper=self.is_keeper,
             protocol_major=PROTOCOL_MAJOR,
             protocol_minor=PROTOCOL_MINOR,
             software=SOFTWARE,
@@ -297,8 +295,8 @@ class Membership:
         while True:
             for record in await self.directory.find_members(self.run_id, range(self.spec.num_stages)):
                 if record.peer_id != self.host.peer_id and record.state != ShardState.LEAVING:
-                    self._links.know(record.peer_id, record.addresses)
-                    self._links.probe(record.peer_id)
+                    self._links.know(member_name(record.peer_id, record.stage), record.addresses)
+                    self._links.probe(member_name(record.peer_id, record.stage))
             # The network may have been cut in two, and the records of the other half have expired meanwhile.
             for peer, lost_at in list(self._lost_at.items()):
                 if time.monotonic() - lost_at > self.config.give_up_s:
@@ -349,18 +347,20 @@ class Membership:
                 log.info("%s", action.text)
 
     def _signed(self, message: Message) -> Message:
-        if isinstance(message, Commit) and message.term.peer == self.host.peer_id and not message.signature:
+        if isinstance(message, Commit) and message.term.peer == self.name and not message.signature:
             return sign_commit(message, self.run_id, self.host.identity)
         return message
 
     def _on_message(self, peer: str, message: Message) -> None:
         if isinstance(message, Commit) and not is_signed(message, self.run_id):
             raise BadReply(f"peer {peer[-8:]} sent a commit that its leader did not sign")
+        if isinstance(message, Hello) and message.stage != stage_of(peer):
+            raise BadReply(f"member {peer[-10:]} says that it is of stage {message.stage}")
         self.feed(m.Received(peer, message))
 
-    def _on_found(self, peer: str, stage: int) -> None:
+    def _on_found(self, peer: str) -> None:
         self._lost_at.pop(peer, None)
-        self.feed(m.Found(peer, stage))
+        self.feed(m.Found(peer, stage_of(peer)))
 
     def _on_lost(self, peer: str) -> None:
         self._lost_at.setdefault(peer, time.monotonic())
@@ -386,9 +386,12 @@ class Membership:
             self._averaging[1].cancel()
 
     async def _average(self, order: m.Average, place: Place) -> None:
-        own = next(one for one in order.group if one.peer == self.host.peer_id)
+        own = next(one for one in order.group if one.peer == self.name)
         named = (self.run_id, place.lineage, f"{place.epoch}/{self.stage}/{order.term}/{order.attempt}".encode())
-        members = [ExchangeMember(one.peer, self.addresses_of(one.peer), one.has_gradient) for one in order.group]
+        names = {peer_of(one.peer): one.peer for one in order.group}
+        members = [
+            ExchangeMember(peer_of(one.peer), self.addresses_of(one.peer), one.has_gradient) for one in order.group
+        ]
         started = time.monotonic()
         try:
             await self.work.on_device(lambda: None)  # whatever was being added is in now
@@ -396,7 +399,7 @@ class Membership:
             shares = [one.share for one in order.group]
             plan = plan_exchange(round_id, members, shares, self.parameters.size, self.spec.averaging)
             vector = self.gradient.vector if own.has_gradient else None
-            done = await self._averager.average(
+            done = await self.run_host.averager.average(
                 plan, vector, residual=self._residual, timeout_s=self.config.round_timeout_s
             )
             if vector is not None and done.vector.data_ptr() == vector.data_ptr():
@@ -404,16 +407,19 @@ class Membership:
 
             digest, norm = await asyncio.to_thread(lambda: (gradient_digest(done.vector), square_norm(done.vector)))
         except ExchangeFailed as error:
-            self.feed(m.NotAveraged(order.term, order.attempt, error.culprits))
+            culprits = frozenset(names.get(peer_id, peer_id) for peer_id in error.culprits)
+            self.feed(m.NotAveraged(order.term, order.attempt, culprits))
             return
         except (BadRequest, ValueError) as error:
             log.error("cannot take part in the exchange epoch=%d reason=%s", place.epoch, error)
-            self.feed(m.NotAveraged(order.term, order.attempt, frozenset({self.host.peer_id})))
+            self.feed(m.NotAveraged(order.term, order.attempt, frozenset({self.name})))
             return
         self.counters.averaging_s += time.monotonic() - started
         self.counters.bytes_averaged += done.bytes_sent
         if done.rates:
-            self.member.measured = tuple(Rate(peer, int(rate)) for peer, rate in sorted(done.rates.items()))
+            self.member.measured = tuple(
+                Rate(names[peer_id], int(rate)) for peer_id, rate in sorted(done.rates.items())
+            )
         self._held[order.term, order.attempt] = done
         self.feed(m.Averaged(order.term, order.attempt, digest, norm))
 
@@ -453,11 +459,10 @@ class Membership:
         """Download the state of a replica; if nobody can give it, look again at where everybody is."""
         records = await self.directory.find_members(self.run_id, [self.stage])
         for record in records:
-            self._links.know(record.peer_id, record.addresses)
+            self._links.know(member_name(record.peer_id, record.stage), record.addresses)
         known = {peer for peer, stage in self.member.known.items() if stage == self.stage}
-        candidates = sorted(
-            ({r.peer_id for r in records if r.state == ShardState.ONLINE} | known) - {self.host.peer_id}
-        )
+        online = {member_name(r.peer_id, r.stage) for r in records if r.state == ShardState.ONLINE}
+        candidates = sorted((online | known) - {self.name})
         random.shuffle(candidates)
         for peer in candidates:
             try:

@@ -14,6 +14,7 @@ from protos import training_pb2
 from swarm.epoch import messages
 from swarm.errors import BadReply
 from swarm.identity import Identity, verify_signature
+from swarm.training.member_name import peer_of
 
 MAX_MESSAGE_BYTES = 2 * 2**20
 MAX_UNIT = 2**20
@@ -88,7 +89,7 @@ def sign_commit(commit: messages.Commit, run_id: bytes, identity: Identity) -> m
 
 def is_signed(commit: messages.Commit, run_id: bytes) -> bool:
     """Whether the leader of the commit's term signed it."""
-    return verify_signature(commit.term.peer, _COMMIT_TAG + run_id + commit.lineage, commit.signature)
+    return verify_signature(peer_of(commit.term.peer), _COMMIT_TAG + run_id + commit.lineage, commit.signature)
 
 
 def _hints(kind: type) -> dict[str, Any]:

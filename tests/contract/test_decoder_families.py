@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from node.backend.span_model import SpanModel
 from swarm.checkpoint import open_checkpoint
-from swarm.client.ends import Ends
+from swarm.ends import Ends
 from swarm.errors import BadRequest, UserError
 from swarm.span import Span
 from tests.support.models import NUM_BLOCKS, TINY, save_tiny
@@ -115,7 +115,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def distance(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape
-    return float((actual - expected).abs().max() / expected.abs().max())
+    return float((actual - expected).detach().abs().max() / expected.detach().abs().max())
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from node.executor import Executor
-from node.training.runtime import _StageWork
+from node.training.device_work import DeviceWork
 from node.training.service import StageLimits, StageService
 from node.training.stage import TrainableStage
 from protos import node_pb2
@@ -27,6 +27,7 @@ from swarm.p2p.host import Host, HostConfig, running_host
 from swarm.tensors import WireFormat
 from swarm.training.initial import open_initial_weights
 from swarm.training.membership import Membership
+from swarm.training.run_host import RunHost
 from tests.support.training_swarm import make_run
 
 TERM = Term(1, "leader")
@@ -81,7 +82,7 @@ async def served(folder: Path, stash_bytes: int = 2**26, **rules: Any) -> AsyncI
     async with running_host(HostConfig()) as node, running_host(HostConfig()) as client:
         executor = Executor(16)
         stage = TrainableStage(open_initial_weights(store.spec), store.spec, 0)
-        membership = Membership(node, None, store, 0, stage.parameters, _StageWork(executor))  # type: ignore[arg-type]
+        membership = Membership(RunHost(node, None), store, 0, stage.parameters, DeviceWork(executor))  # type: ignore[arg-type]
         membership.ledger.obey(TERM)
         service = StageService(stage, membership, executor, StageLimits(stash_bytes, 60, 64, 60))
         await node.serve(NODE_PROTOCOL, service.handle)

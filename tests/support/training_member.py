@@ -93,8 +93,15 @@ class TracedMembership(membership.Membership):
         super()._tell(commit)
         global num_steps
         num_steps = commit.epoch + 1
+        dump = os.environ.get("DUMP")
+        if dump and commit.epoch + 1 == self.spec.num_epochs:
+            views = self.parameters.views(self.parameters.state.values)
+            path = dump.replace(".pt", ".keeper.pt") if self.is_keeper else dump
+            torch.save({n: view.clone() for n, view in zip(self.parameters.names, views, strict=True)}, path + ".new")
+            os.replace(path + ".new", path)
         trace(
             epoch=commit.epoch,
+            is_keeper=self.is_keeper,
             lineage=commit.lineage.hex(),
             digest=self.parameters.digest().hex(),
             units=getattr(self, "last_units", []),
@@ -108,11 +115,6 @@ class TracedMembership(membership.Membership):
             bytes=self.counters.bytes_averaged,
             size=self.parameters.size,
         )
-        dump = os.environ.get("DUMP")
-        if dump and commit.epoch + 1 == self.spec.num_epochs:
-            views = self.parameters.views(self.parameters.state.values)
-            torch.save({n: view.clone() for n, view in zip(self.parameters.names, views, strict=True)}, dump + ".new")
-            os.replace(dump + ".new", dump)
 
 
 class TracedLedger(Ledger):
@@ -140,9 +142,10 @@ def main() -> None:
     membership.Ledger = TracedLedger  # type: ignore[misc]
     if kind == "node":
         from node.cli import main as run
-        from node.training import runtime
+        from node.training import keeper, runtime
 
         runtime.Membership = TracedMembership  # type: ignore[misc]
+        keeper.Membership = TracedMembership  # type: ignore[misc]
     else:
         from swarm.cli import main as run
         from swarm.client import trainer

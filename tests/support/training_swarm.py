@@ -50,20 +50,33 @@ class TrainingSwarm:
     def run_id(self) -> str:
         return self.store.run_id.hex()
 
-    def start_node(self, stage: int | None, *flags: str, fault: dict[str, Any] | None = None, **env: str) -> Process:
+    def start_node(
+        self,
+        stage: int | None,
+        *flags: str,
+        fault: dict[str, Any] | None = None,
+        cache: Path | None = None,
+        **env: str,
+    ) -> Process:
+        """cache: its own cache; None: the one of the run's creator."""
         arguments = ["node", "run", "--run", self.run_id, "--threads", "1"]
         if stage is not None:
             arguments += ["--blocks", str(self.store.spec.stages[stage])]
-        return self._start(arguments + list(flags), fault, env)
+        return self._start(arguments + list(flags), fault, cache, env)
 
-    def start_trainer(self, *flags: str, fault: dict[str, Any] | None = None, **env: str) -> Process:
+    def start_trainer(
+        self, *flags: str, fault: dict[str, Any] | None = None, cache: Path | None = None, **env: str
+    ) -> Process:
         arguments = ["trainer", "train", self.run_id, "--threads", "1", "--json", "--data", str(self.folder / "data")]
-        return self._start(arguments + list(flags), fault, env)
+        return self._start(arguments + list(flags), fault, cache, env)
 
-    def _start(self, arguments: list[str], fault: dict[str, Any] | None, env: dict[str, str]) -> Process:
+    def _start(
+        self, arguments: list[str], fault: dict[str, Any] | None, cache: Path | None, env: dict[str, str]
+    ) -> Process:
+        cache = cache or self.folder / "cache"
         name = f"{arguments[0]}{len(self.members)}"
         environment = {
-            "SHARDSWARM_CACHE": str(self.folder / "cache"),
+            "SHARDSWARM_CACHE": str(cache),
             "TRACE": str(self.folder / f"{name}.trace"),
             "DUMP": str(self.folder / f"{name}.pt"),
             "FAULT": json.dumps(fault and {"at": 1, "token": str(self.folder / "token"), **fault}),
@@ -72,7 +85,7 @@ class TrainingSwarm:
         }
         command = [sys.executable, "-m", "tests.support.training_member", *arguments]
         command += ["--initial-peers", ",".join(self.swarm.initial_peers)]
-        command += ["--cache-dir", str(self.folder / "cache"), "--log-level", "info"]
+        command += ["--cache-dir", str(cache), "--log-level", "info"]
         process = Process(command, self.folder / f"{name}.log", environment, self.swarm.fork_server)
         self.members.append(process)
         self.swarm.processes.append(process)
@@ -86,9 +99,10 @@ class TrainingSwarm:
         """The member in which the fault fired."""
         return next((member for member in self.members if self.faults_of(member)), None)
 
-    def steps_of(self, member: Process) -> dict[int, dict[str, Any]]:
-        """What a member wrote at each step."""
-        return {line["epoch"]: line for line in self.trace_of(member) if "epoch" in line}
+    def steps_of(self, member: Process, *, is_keeper: bool = False) -> dict[int, dict[str, Any]]:
+        """What a member wrote at each step. is_keeper: of the ends, a node that keeps them."""
+        steps = [line for line in self.trace_of(member) if "epoch" in line]
+        return {line["epoch"]: line for line in steps if line["is_keeper"] is is_keeper}
 
     def faults_of(self, member: Process) -> list[dict[str, Any]]:
         return [line for line in self.trace_of(member) if "fault" in line]
@@ -121,6 +135,7 @@ def make_run(
         "target_batch": 8,
         "microbatch": 1,
         "precision": "fp32",
+        "keepers": 0,
         "model.config": "config.json",
         "model.seed": 3,
         "tokenizer.path": "tokenizer",

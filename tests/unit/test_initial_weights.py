@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from node.backend.span_model import SpanModel
-from swarm.client.ends import Ends
+from swarm.ends import Ends
 from swarm.errors import UserError
 from swarm.span import Span
 from swarm.training.initial import RandomCheckpoint, check_initial, initial_digests

@@ -95,6 +95,8 @@ def test_every_key_ends_up_in_the_rules(folder: Path) -> None:
         delay = 1
         eval_every = 5
         min_replicas = 2
+        keepers = 3
+        checkpoint_every = 20
 
         [model]
         seed = 7
@@ -166,6 +168,8 @@ def test_every_key_ends_up_in_the_rules(folder: Path) -> None:
         held_out=DataSpec(kind=DataKind.TEXT, source="home/corpus", files=("notes.txt",)),
         eval_every=5,
         min_replicas=2,
+        keepers=3,
+        checkpoint_every=20,
         num_epochs=10,
     )
 

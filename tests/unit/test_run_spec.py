@@ -219,6 +219,8 @@ def specs(draw: st.DrawFn) -> RunSpec:
         held_out=held_out,
         eval_every=draw(st.integers(0, 100)) if held_out else 0,
         min_replicas=draw(st.integers(1, 1000)),
+        keepers=draw(st.integers(0, 1000)),
+        checkpoint_every=draw(st.integers(1, 10**9)),
         num_epochs=draw(st.integers(5, 2**31 - 1)),
     )
 
@@ -264,6 +266,8 @@ def test_every_rule_changes_the_run_id_and_so_does_the_owner() -> None:
         "held_out": make_data(num_samples=1),
         "eval_every": 2,
         "min_replicas": 2,
+        "keepers": 1,
+        "checkpoint_every": 7,
         "num_epochs": 11,
     }
     assert changed.keys() == {field.name for field in dataclasses.fields(RunSpec)}

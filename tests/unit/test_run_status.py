@@ -43,7 +43,7 @@ def printed(status: RunStatus) -> str:
 
 
 def test_a_whole_run_is_a_row_for_each_stage_and_nothing_to_warn_of() -> None:
-    status = status_of(whole())
+    status = status_of(whole(kept=member("a1", 2, is_keeper=True)))
     assert status.place == Place(7, b"l" * 32) and status.loss == 2.5 and not status.is_over
     assert not any(one.trouble for one in status.members) and warnings_of(status, PEER) == []
     lines = printed(status).splitlines()
@@ -53,6 +53,7 @@ def test_a_whole_run_is_a_row_for_each_stage_and_nothing_to_warn_of() -> None:
         ["0", "0:2", "2", "200", "7", "a1 a2"],
         ["1", "2:4", "2", "200", "7", "b1 b2"],
         ["trainers", "-", "2", "200", "7", "t1 t2"],
+        ["keepers of the ends", "-", "1", "100", "7", "a1"],
     ]
 
 
