@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from protos import node_pb2, record_pb2
+from swarm.epoch.messages import Place
 from swarm.identity import Identity
 from swarm.records import ShardState, problem_with_rates, problem_with_texts, seal, unseal
 from swarm.run_id import RUN_ID_BYTES, run_member_key
@@ -16,6 +17,7 @@ from swarm.run_id import RUN_ID_BYTES, run_member_key
 # A run has at most 256 stages, and the ends count as one more.
 MAX_STAGE = 256
 MAX_EPOCH = 2**48
+MAX_SAVED = 4
 MIN_LINEAGE_BYTES, MAX_LINEAGE_BYTES = 16, 32
 
 
@@ -42,6 +44,8 @@ class MemberRecord:
     addresses: tuple[str, ...] = ()
     is_keeper: bool = False
     """A node that holds the ends beside its stage: they outlive the trainers with it."""
+    saved: tuple[Place, ...] = ()
+    """Of which places it has the state on its disk, newest first."""
     protocol_major: int = 1
     protocol_minor: int = 0
     software: str = ""
@@ -63,6 +67,8 @@ class MemberRecord:
             return f"a lineage has {MIN_LINEAGE_BYTES} to {MAX_LINEAGE_BYTES} bytes, this one has {len(self.lineage)}"
         if self.loss is not None and not math.isfinite(self.loss):
             return "the loss must be finite; leave it out if there is none"
+        if len(self.saved) > MAX_SAVED or any(len(place.lineage) != MAX_LINEAGE_BYTES for place in self.saved):
+            return f"at most {MAX_SAVED} saved places, each with a lineage of {MAX_LINEAGE_BYTES} bytes"
         rates = (self.tokens_per_s, self.bandwidth_bytes_per_s)
         return problem_with_rates(rates) or problem_with_texts((self.peer_id, self.software), self.addresses)
 
@@ -94,6 +100,7 @@ def sign_member(record: MemberRecord, identity: Identity) -> bytes:
         loss=record.loss,
         addresses=record.addresses,
         is_keeper=record.is_keeper,
+        saved=[record_pb2.SavedPlace(epoch=place.epoch, lineage=place.lineage) for place in record.saved],
     )
     return seal(message, identity, "announce fewer addresses")
 
@@ -117,6 +124,7 @@ def open_member(raw: bytes) -> MemberRecord:
         loss=message.loss if message.HasField("loss") else None,
         addresses=tuple(message.addresses),
         is_keeper=message.is_keeper,
+        saved=tuple(Place(one.epoch, one.lineage) for one in message.saved),
         protocol_major=message.version.major,
         protocol_minor=message.version.minor,
         software=message.version.software,

@@ -6,7 +6,6 @@ It takes part in the rounds of the ends with nothing in its ledger, and so has w
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 
@@ -16,16 +15,19 @@ from node.training.placement import is_keeper_needed
 from swarm.errors import SwarmError, UserError
 from swarm.run_store import RunStore
 from swarm.training.artifacts import fetch_artifacts
+from swarm.training.checkpoints import Checkpoints
 from swarm.training.ends_replica import load_ends
 from swarm.training.initial import open_initial_weights
 from swarm.training.member_config import MembershipConfig
 from swarm.training.membership import Membership
 from swarm.training.parameters import StageParameters
 from swarm.training.run_host import RunHost
+from swarm.training.saved_states import SavedAt
 
 log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 5.0
+_FETCH_EVERY_S = 0.5
 
 
 class Keeper:
@@ -67,27 +69,31 @@ class Keeper:
     async def _keep(self) -> None:
         spec = self._store.spec
 
-        def load() -> StageParameters:
-            return load_ends(open_initial_weights(spec), spec)[1]
+        checkpoints = Checkpoints(self._store, spec.ends_stage)
 
-        parameters = await self._executor.run(load)
+        def load() -> tuple[StageParameters, SavedAt | None]:
+            _, parameters = load_ends(open_initial_weights(spec), spec)
+            return parameters, checkpoints.resume(parameters)
+
+        parameters, saved = await self._executor.run(load)
         self.membership = Membership(
             self._run_host, self._store, spec.ends_stage, parameters, DeviceWork(self._executor),
-            is_keeper=True, is_reachable=self._is_reachable, config=self._config,
+            is_keeper=True, is_reachable=self._is_reachable, checkpoints=checkpoints, saved=saved, config=self._config,
         )  # fmt: skip
         try:
             async with self.membership.running():
                 log.info("keeping the ends")
-                await self._fetch_artifacts()
                 while await self._is_needed():
-                    await asyncio.sleep(_LOOK_EVERY_S * random.uniform(0.8, 1.2))
-                    await self._fetch_artifacts()
+                    has_all = await self._fetch_artifacts()
+                    await asyncio.sleep((_LOOK_EVERY_S if has_all else _FETCH_EVERY_S) * random.uniform(0.8, 1.2))
                 log.info("other nodes keep the ends by now")
         finally:
             self.membership = None
 
-    async def _fetch_artifacts(self) -> None:
-        """New trainers need the run's files from somebody when all others are gone."""
-        if self._store.missing():
-            with contextlib.suppress(UserError):  # nobody has them yet
-                await fetch_artifacts(self._run_host.host, self._run_host.directory, self._store)
+    async def _fetch_artifacts(self) -> bool:
+        """New trainers need the run's files from somebody when all others are gone. False: nobody has them yet."""
+        try:
+            await fetch_artifacts(self._run_host.host, self._run_host.directory, self._store, 1)
+        except UserError:
+            return False
+        return True

@@ -26,6 +26,7 @@ from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host, running_host
 from swarm.run_store import RunStore
 from swarm.signals import Signals
+from swarm.training.checkpoints import Checkpoints
 from swarm.training.find_run import find_run
 from swarm.training.initial import open_initial_weights
 from swarm.training.membership import Membership
@@ -59,9 +60,11 @@ class TrainingNode:
             stage_number = await self._choose(directory, store)
             stage, tokens_per_s = await self._executor.run(lambda: self._load(store, stage_number))
             shared = await stack.enter_async_context(run_host(host, directory))
+            checkpoints = Checkpoints(store, stage_number)
+            saved = await self._executor.run(lambda: checkpoints.resume(stage.parameters))
             membership = Membership(
                 shared, store, stage_number, stage.parameters, DeviceWork(self._executor),
-                is_reachable=not config.use_relay, config=config.membership,
+                is_reachable=not config.use_relay, checkpoints=checkpoints, saved=saved, config=config.membership,
             )  # fmt: skip
             membership.tokens_per_s = tokens_per_s
             service = StageService(stage, membership, self._executor, self._limits())

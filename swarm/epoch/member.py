@@ -232,12 +232,13 @@ class Member:
         place: Place,
         members: Mapping[str, int],
         *,
+        commit: Commit | None = None,
         early: Ledger | None = None,
         capacity: int = 0,
         is_reachable: bool = True,
         share_out: Callable[[Sequence[float | None]], Sequence[int]] = equal_shares,
     ) -> None:
-        """early: a second ledger, for runs with delay. members: peer and stage of those who are known to take part. capacity: microbatches that a trainer runs at once."""
+        """commit: the one that led to the place. early: a second ledger, for runs with delay. members: peer and stage of those who are known to take part. capacity: microbatches that a trainer runs at once."""
         self.me, self.stage, self.rules, self.ledger, self.capacity = me, stage, rules, ledger, capacity
         self.early = early
         self.place = place
@@ -245,7 +246,7 @@ class Member:
         self.lost: set[str] = set()
         self.term = NO_TERM
         self.leader: Coordinator | None = None
-        self.last_commit: Commit | None = None
+        self.last_commit = commit
         self.is_downloading = False
         self.measured: tuple[Rate, ...] = ()
         """As in Hello; the process that measures it sets it."""

@@ -19,17 +19,21 @@ log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 128 * 1024
 _TIMEOUT_S = 30.0
-_ROUNDS = 5
+_ROUNDS = 6
+_PAUSE_S = 0.5
 
 
-async def fetch_artifacts(host: Host, directory: Directory, store: RunStore) -> None:
+async def fetch_artifacts(host: Host, directory: Directory, store: RunStore, num_rounds: int = _ROUNDS) -> None:
     """Get what is missing on this disk from other members. Raises UserError if nobody has it."""
-    for _ in range(_ROUNDS):
+    for round_number in range(num_rounds):
         if not store.missing():
             return
+        if round_number:
+            await asyncio.sleep(_PAUSE_S)
         members = await directory.find_members(store.run_id, range(store.spec.num_stages))
-        # Trainers have them, nodes only if they share a disk with one.
-        for member in sorted(members, key=lambda member: member.stage != store.spec.ends_stage):
+        others = [member for member in members if member.peer_id != host.peer_id]
+        # Trainers and keepers have them, other nodes only if they share a disk with one.
+        for member in sorted(others, key=lambda member: (member.stage != store.spec.ends_stage, member.is_keeper)):
             for digest in list(store.missing()):
                 try:
                     async with asyncio.timeout(_TIMEOUT_S):
@@ -38,7 +42,6 @@ async def fetch_artifacts(host: Host, directory: Directory, store: RunStore) -> 
                 except (PeerFailed, TimeoutError, ValueError) as error:
                     log.info("no artifact from peer=%s reason=%s", member.peer_id[-8:], error)
                     break
-        await asyncio.sleep(0.5)
     if store.missing():
         raise UserError(
             f"{len(store.missing())} files of the run (tokenizer, list of its data) are with nobody who can be reached: "

@@ -13,7 +13,7 @@ import math
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -24,9 +24,9 @@ from swarm.ending import cancelled
 from swarm.epoch import member as m
 from swarm.epoch.ledger import Ledger
 from swarm.epoch.messages import EARLY, Commit, Hello, Message, Place, Rate, Rules, Term
-from swarm.errors import BadReply, BadRequest, PeerFailed
+from swarm.errors import BadReply, BadRequest, PeerFailed, UserError
 from swarm.exchange import ExchangeFailed, ExchangeMember
-from swarm.member_record import MemberRecord
+from swarm.member_record import MAX_SAVED, MemberRecord
 from swarm.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
 from swarm.p2p.averaging import Exchanged, plan_exchange, share_out
 from swarm.p2p.framing import FramedStream
@@ -35,11 +35,13 @@ from swarm.records import MAX_ADDRESSES, MAX_LIFETIME_S, ShardState
 from swarm.run_spec import RunSpec
 from swarm.run_store import RunStore
 from swarm.training.artifacts import send_artifact
+from swarm.training.checkpoints import Checkpoints
 from swarm.training.links import Links
 from swarm.training.member_config import MembershipConfig
 from swarm.training.member_name import member_name, peer_of, stage_of
 from swarm.training.parameters import GradientSum, StageParameters, gradient_digest, square_norm
 from swarm.training.run_host import RunHost
+from swarm.training.saved_states import SavedAt
 from swarm.training.state_transfer import fetch_state, send_state
 from swarm.training.wire import is_signed, sign_commit
 
@@ -124,8 +126,11 @@ class Membership:
         capacity: int = 0,
         is_keeper: bool = False,
         is_reachable: bool = True,
+        checkpoints: Checkpoints | None = None,
+        saved: SavedAt | None = None,
         config: MembershipConfig | None = None,
     ) -> None:
+        """saved: the parameters hold this saved state; None: the run's initial weights."""
         self.run_host, self.stage = run_host, stage
         self.host, self.directory = run_host.host, run_host.directory
         self.name = member_name(run_host.peer_id, stage)
@@ -135,16 +140,17 @@ class Membership:
         self.config = config or MembershipConfig()
         self.counters = Counters()
         self.is_keeper = is_keeper
-        self.last_commit: Commit | None = None
+        self.checkpoints = checkpoints
+        self.last_commit = saved.commit if saved is not None else None
         self.tokens_per_s = 0.0
         self._sums: list[tuple[Ledger, GradientSum]] = []
         ledger, early = self._new_ledger(), self._new_ledger() if spec.delay else None
-        start = Place(0, run_id)
-        self.weights_at: tuple[Place, Commit | None] = (start, None)
+        start = saved.place if saved is not None else Place(0, run_id)
+        self.weights_at: tuple[Place, Commit | None] = (start, self.last_commit)
         """Which step the weights are at; changed on the device thread, together with them."""
         self.member = m.Member(
             self.name, stage, rules_of(spec, spec.num_eval_samples and -(-spec.num_eval_samples // spec.microbatch)),
-            ledger, start, {}, early=early, capacity=capacity, is_reachable=is_reachable, share_out=share_out,
+            ledger, start, {}, commit=self.last_commit, early=early, capacity=capacity, is_reachable=is_reachable, share_out=share_out,
         )  # fmt: skip
         self.on_commit: list[Callable[[Commit], None]] = []
         self._events: asyncio.Queue[m.Event] = asyncio.Queue()
@@ -156,6 +162,7 @@ class Membership:
         self._was_at_work, self._has_news = False, asyncio.Event()
         self._addresses: tuple[str, ...] = ()
         self._leaderless_ticks = 0
+        self._saved_by_others: dict[int, set[Place]] = {}
         self._lost_at: dict[str, float] = {}
         self._links = Links(
             run_host,
@@ -237,6 +244,7 @@ class Membership:
             await self._links.flush(2.0)
             await self._end(tasks)
             await self._links.aclose()
+            await self._save_last()
             self._state = ShardState.LEAVING
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(3):
@@ -264,6 +272,7 @@ class Membership:
             loss=None if commit is None or not commit.num_loss_tokens else commit.loss_sum / commit.num_loss_tokens,
             addresses=self._addresses,
             is_keeper=self.is_keeper,
+            saved=() if self.checkpoints is None else self.checkpoints.places[:MAX_SAVED],
             protocol_major=PROTOCOL_MAJOR,
             protocol_minor=PROTOCOL_MINOR,
             software=SOFTWARE,
@@ -293,7 +302,9 @@ class Membership:
         """Look for members that we have no link to."""
         pause_s = 0.3
         while True:
-            for record in await self.directory.find_members(self.run_id, range(self.spec.num_stages)):
+            records = await self.directory.find_members(self.run_id, range(self.spec.num_stages))
+            await self._prune(records)
+            for record in records:
                 if record.peer_id != self.host.peer_id and record.state != ShardState.LEAVING:
                     self._links.know(member_name(record.peer_id, record.stage), record.addresses)
                     self._links.probe(member_name(record.peer_id, record.stage))
@@ -305,6 +316,17 @@ class Membership:
                     self._links.probe(peer)
             await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
             pause_s = min(1.5 * pause_s, self.config.search_every_s)
+
+    async def _prune(self, records: Sequence[MemberRecord]) -> None:
+        if self.checkpoints is None:
+            return
+        saved: dict[int, set[Place]] = {}
+        for record in records:
+            saved.setdefault(record.stage, set()).update(record.saved)
+        try:
+            await self.checkpoints.prune(saved, self.stage, self.spec.num_stages)
+        except UserError as error:
+            log.warning("saved states cannot be looked at: %s", error)
 
     async def _announce(self) -> None:
         self._state = ShardState.ONLINE
@@ -438,6 +460,9 @@ class Membership:
         await self.work.on_device(compute)
         if held is not None:
             self._residual = held.residual
+        if self.checkpoints is not None and self.checkpoints.is_due(commit.after):
+            state = await self.work.on_device(self.parameters.snapshot)
+            self.checkpoints.begin(commit.after, self._sign_kept(commit), state)
         self.counters.num_steps += not commit.is_skipped
         self.counters.num_skipped += commit.is_skipped
         self._tell(commit)
@@ -503,6 +528,16 @@ class Membership:
             await stream.fail(f"this member is at epoch {place.epoch} itself")
             return
         await send_state(stream, place, None if commit is None else self._sign_kept(commit), state)
+
+    async def _save_last(self) -> None:
+        """At the end: a restart goes on from here."""
+        if self.checkpoints is None or self.weights_at[1] is None or self.member.is_downloading:
+            return
+        await self.checkpoints.wait()
+        place, commit = self.weights_at
+        assert commit is not None
+        if place not in self.checkpoints.places:
+            await self.checkpoints.save(place, self._sign_kept(commit), self.parameters.state)
 
     def _sign_kept(self, commit: Commit) -> Commit:
         signed = self._signed(commit)
