@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class MemberMessage(_message.Message):
-    __slots__ = ("introduction", "lead", "hello", "redirect", "where", "lease", "done", "failed", "confirm", "void", "prepare", "abort", "report", "round_failed", "commit", "committed", "excluded", "get_state", "state", "refusal", "get_artifact", "artifact")
+    __slots__ = ("introduction", "lead", "hello", "redirect", "where", "lease", "done", "failed", "confirm", "void", "prepare", "abort", "report", "round_failed", "commit", "committed", "excluded", "get_state", "state", "refusal", "get_artifact", "artifact", "get_saved", "saved", "get_pieces")
     INTRODUCTION_FIELD_NUMBER: _ClassVar[int]
     LEAD_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,9 @@ class MemberMessage(_message.Message):
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     GET_ARTIFACT_FIELD_NUMBER: _ClassVar[int]
     ARTIFACT_FIELD_NUMBER: _ClassVar[int]
+    GET_SAVED_FIELD_NUMBER: _ClassVar[int]
+    SAVED_FIELD_NUMBER: _ClassVar[int]
+    GET_PIECES_FIELD_NUMBER: _ClassVar[int]
     introduction: Introduction
     lead: Lead
     hello: Hello
@@ -53,7 +56,10 @@ class MemberMessage(_message.Message):
     refusal: _node_pb2.Refusal
     get_artifact: GetArtifact
     artifact: Artifact
-    def __init__(self, introduction: _Optional[_Union[Introduction, _Mapping]] = ..., lead: _Optional[_Union[Lead, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., redirect: _Optional[_Union[Redirect, _Mapping]] = ..., where: _Optional[_Union[Where, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., confirm: _Optional[_Union[Confirm, _Mapping]] = ..., void: _Optional[_Union[Void, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., round_failed: _Optional[_Union[RoundFailed, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., excluded: _Optional[_Union[Excluded, _Mapping]] = ..., get_state: _Optional[_Union[GetState, _Mapping]] = ..., state: _Optional[_Union[StateHeader, _Mapping]] = ..., refusal: _Optional[_Union[_node_pb2.Refusal, _Mapping]] = ..., get_artifact: _Optional[_Union[GetArtifact, _Mapping]] = ..., artifact: _Optional[_Union[Artifact, _Mapping]] = ...) -> None: ...
+    get_saved: GetSaved
+    saved: SavedState
+    get_pieces: GetPieces
+    def __init__(self, introduction: _Optional[_Union[Introduction, _Mapping]] = ..., lead: _Optional[_Union[Lead, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., redirect: _Optional[_Union[Redirect, _Mapping]] = ..., where: _Optional[_Union[Where, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., confirm: _Optional[_Union[Confirm, _Mapping]] = ..., void: _Optional[_Union[Void, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., round_failed: _Optional[_Union[RoundFailed, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., excluded: _Optional[_Union[Excluded, _Mapping]] = ..., get_state: _Optional[_Union[GetState, _Mapping]] = ..., state: _Optional[_Union[StateHeader, _Mapping]] = ..., refusal: _Optional[_Union[_node_pb2.Refusal, _Mapping]] = ..., get_artifact: _Optional[_Union[GetArtifact, _Mapping]] = ..., artifact: _Optional[_Union[Artifact, _Mapping]] = ..., get_saved: _Optional[_Union[GetSaved, _Mapping]] = ..., saved: _Optional[_Union[SavedState, _Mapping]] = ..., get_pieces: _Optional[_Union[GetPieces, _Mapping]] = ...) -> None: ...
 
 class Introduction(_message.Message):
     __slots__ = ("version", "run_id", "stage", "is_request", "to_stage")
@@ -376,3 +382,23 @@ class Artifact(_message.Message):
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     num_bytes: int
     def __init__(self, num_bytes: _Optional[int] = ...) -> None: ...
+
+class GetSaved(_message.Message):
+    __slots__ = ("place",)
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    place: Place
+    def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ...) -> None: ...
+
+class SavedState(_message.Message):
+    __slots__ = ("head_bytes",)
+    HEAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    head_bytes: int
+    def __init__(self, head_bytes: _Optional[int] = ...) -> None: ...
+
+class GetPieces(_message.Message):
+    __slots__ = ("first", "count")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    count: int
+    def __init__(self, first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...

@@ -214,14 +214,15 @@ class Ends:
 
     def _find_norm(self, probe: Tensor) -> nn.Module | None:
         """The module that with the head after it gives the very logits of the long way, if there is one."""
-        if self.lm_head is None or self.lm_head.weight.shape[1] != self.hidden_size:
+        head: Any = self.lm_head
+        if head is None or head.weight.shape[1] != self.hidden_size:
             return None
         expected = self.logits(probe)
         found: list[nn.Module] = []
         for module in self._base.modules():
             parameters = list(module.parameters())
             is_norm = parameters and all(parameter.shape == (self.hidden_size,) for parameter in parameters)
-            if is_norm and torch.equal(self.lm_head(module(probe)), expected):
+            if is_norm and torch.equal(head(module(probe)), expected):
                 found.append(module)
         return found[0] if len(found) == 1 else None  # of equal norms (bloom's, untrained) nobody can tell which it is
 

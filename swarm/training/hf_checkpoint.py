@@ -146,6 +146,10 @@ class WeightLayout:
 
         return tuple(Slot(key, self._shapes[key]) for key in sorted(self._keys_of(stage, self._shapes), key=place))
 
+    def size(self, stage: int) -> int:
+        """Values of a stage's vector."""
+        return sum(prod(slot.shape) for slot in self.slots(stage))
+
     def views(self, stage: int, vector: Tensor) -> dict[str, Tensor]:
         """The tensors in the vector [size] of a stage."""
         slots = self.slots(stage)
@@ -154,7 +158,7 @@ class WeightLayout:
 
     def check(self, values: Sequence[Tensor]) -> None:
         """Raise BadRequest if these are not the vectors of all stages and the ends."""
-        sizes = [sum(prod(slot.shape) for slot in self.slots(stage)) for stage in range(self.spec.num_stages)]
+        sizes = [self.size(stage) for stage in range(self.spec.num_stages)]
         found = [tuple(vector.shape) for vector in values]
         if found != [(size,) for size in sizes] or any(vector.dtype != torch.float32 for vector in values):
             raise BadRequest(f"the run's stages and ends have float32 vectors of {sizes} values, got {found}")

@@ -42,6 +42,7 @@ from swarm.training.member_name import member_name, peer_of, stage_of
 from swarm.training.parameters import GradientSum, StageParameters, gradient_digest, square_norm
 from swarm.training.run_host import RunHost
 from swarm.training.saved_states import SavedAt
+from swarm.training.saved_transfer import send_saved
 from swarm.training.state_transfer import fetch_state, send_state
 from swarm.training.wire import is_signed, sign_commit
 
@@ -519,6 +520,9 @@ class Membership:
     async def _on_request(self, peer: str, request: training_pb2.MemberMessage, stream: FramedStream) -> None:
         if request.WhichOneof("kind") == "get_artifact":
             await send_artifact(stream, self._store, request.get_artifact.digest)
+            return
+        if request.WhichOneof("kind") == "get_saved" and self.checkpoints is not None:
+            await send_saved(stream, self.checkpoints.states, request.get_saved)
             return
         if request.WhichOneof("kind") != "get_state":
             await stream.fail("this member has no such thing")

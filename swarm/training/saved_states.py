@@ -92,6 +92,35 @@ class SavedAt:
         return -(-self.payload_bytes // PIECE_BYTES)
 
 
+@dataclass(frozen=True, slots=True)
+class SavedHead:
+    """What a file holds before its vectors, perhaps from a stranger: enough to check every piece of it."""
+
+    raw: bytes
+    saved: SavedAt
+    table: bytes
+
+    @classmethod
+    def parse(cls, raw: bytes, run_id: bytes, stage: int) -> SavedHead:
+        """ValueError if it is not the head of a state of this run and stage."""
+        if len(raw) < _FIXED.size:
+            raise ValueError("it is too short")
+        header_end = _FIXED.size + _FIXED.unpack_from(raw)[4] + _HASH_BYTES
+        if not raw.startswith(_MAGIC) or not header_end <= min(len(raw), _FIXED.size + MAX_HEADER_BYTES + _HASH_BYTES):
+            raise ValueError("it is no saved state, or of another version")
+        saved = SavedStates(Path(), run_id, stage)._parse(raw[:header_end], Path())
+        table = raw[header_end:]
+        if len(table) != _HASH_BYTES * saved.num_pieces or _sha256(table) != saved.table_digest:
+            raise ValueError("its table of pieces is not the one that the header names")
+        return cls(raw, saved, table)
+
+    def fits(self, number: int, piece: bytes) -> bool:
+        """Whether these are the bytes of a piece."""
+        num_bytes = min(PIECE_BYTES, self.saved.payload_bytes - PIECE_BYTES * number)
+        digest = self.table[_HASH_BYTES * number : _HASH_BYTES * (number + 1)]
+        return len(piece) == num_bytes and _sha256(piece) == digest
+
+
 class SavedStates:
     """The saved states of one stage of a run. Calls block for as long as the disk takes; any thread may make them."""
 
@@ -357,6 +386,13 @@ class OpenState:
         self.table = table
         """The SHA-256 of each piece, 32 bytes each."""
         self._file = file
+
+    def read_head(self) -> bytes:
+        """All before the vectors, as SavedHead.parse takes it. Raises UserError if it cannot be read."""
+        try:
+            return _read_at(self._file, 0, self.saved.num_bytes - self.saved.payload_bytes)
+        except (OSError, ValueError) as error:
+            raise _damaged(self.saved.path, error) from error
 
     def read_piece(self, number: int) -> bytes:
         """Bytes number * PIECE_BYTES, ... of the payload. Raises UserError if they are damaged, IndexError beyond the last piece."""

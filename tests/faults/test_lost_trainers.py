@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swarm.client.runs import publish_run
 from tests.support.fork_server import ForkServer
 from tests.support.one_process_training import samples_of_run, train_in_one_process
-from tests.support.processes import local_swarm, wait_until
+from tests.support.processes import Process, local_swarm, wait_until
 from tests.support.training_swarm import TrainingSwarm, largest_error, make_run, weights_of_run
 
 NUM_EPOCHS = 24
@@ -49,9 +54,29 @@ def test_new_trainers_go_on_when_all_others_and_their_files_are_gone(
         wait_until(lambda: all(NUM_EPOCHS - 1 in training.steps_of(node) for node in nodes), 20, "nodes are there, too")
         error = largest_error(weights_of_run(training, nodes, last), expected.weights)
         assert error < 1e-5, f"largest relative error {error:.1e}"
+        last.stop()
+        check_export(training, nodes, last, tmp_path)
         for node in nodes:  # what is kept are the trainers' bytes, after every step
             kept = training.steps_of(node, is_keeper=True)
             assert len(kept) >= NUM_EPOCHS - 4
             for trainer in (*first, last):
                 for epoch, step in training.steps_of(trainer).items():
                     assert epoch not in kept or kept[epoch]["digest"] == step["digest"]
+
+
+def check_export(training: TrainingSwarm, nodes: list[Process], trainer: Process, folder: Path) -> None:
+    """With no trainer there, what nodes have on their disks makes a checkpoint of the replicas' very bytes."""
+    out = folder / "exported"
+    command = [sys.executable, "-m", "swarm", "export", "--run", training.run_id, "--out", str(out)]
+    command += ["--initial-peers", training.swarm.initial_peers[0], "--cache-dir", str(folder / "stranger")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"epoch {NUM_EPOCHS}, loss" in done.stdout
+    model = AutoModelForCausalLM.from_pretrained(out)
+    weights = weights_of_run(training, nodes, trainer)
+    loaded = dict(model.named_parameters())
+    assert loaded.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(loaded[name], tensor), name
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer("Alice was")["input_ids"]

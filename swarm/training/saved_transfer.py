@@ -1,0 +1,227 @@
+"""Saved states on their way from members' disks to whoever asks: in pieces, from several donors at once, each piece checked.
+
+    asker: GetSaved                       donor: SavedState, then the file's head (header and table of pieces) in raw messages
+    asker: GetPieces, again and again     donor: so many raw messages of one piece each
+
+Donors are believed in so far as they agree: the head that most of them have is taken, and every piece must fit its table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from protos import training_pb2
+from swarm.epoch.messages import Place
+from swarm.errors import BadReply, PeerFailed, UserError
+from swarm.p2p.framing import FramedStream
+from swarm.p2p.host import Host
+from swarm.training.member_config import RUN_PROTOCOL
+from swarm.training.run_host import check_introduction, introduction_of
+from swarm.training.saved_states import PIECE_BYTES, SavedHead, SavedStates
+from swarm.training.wire import MAX_MESSAGE_BYTES, decode
+
+log = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 64 * 2**20
+MAX_PIECES_PER_REQUEST = 16
+_RAW_BYTES = 128 * 1024
+_TIMEOUT_S = 30.0
+_CONNECT_TIMEOUT_S = 10.0
+_MAX_DONORS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Donor:
+    """A member that says that it has the state."""
+
+    peer_id: str
+    addresses: tuple[str, ...]
+
+
+async def send_saved(stream: FramedStream, states: SavedStates, request: training_pb2.GetSaved) -> None:
+    """Answer GetSaved, and the requests for pieces that follow."""
+    place = Place(request.place.epoch, request.place.lineage)
+    try:
+        saved = next((one for one in await asyncio.to_thread(states.found) if one.place == place), None)
+        if saved is None:
+            await stream.fail(f"the state of epoch {place.epoch} is not on this disk (any more)")
+            return
+        opened = await asyncio.to_thread(states.open, saved)
+    except UserError as error:
+        await stream.fail(str(error)[:200])
+        return
+    with opened:
+        head = await asyncio.to_thread(opened.read_head)
+        answer = training_pb2.MemberMessage(saved=training_pb2.SavedState(head_bytes=len(head)))
+        async with asyncio.timeout(_TIMEOUT_S):
+            await stream.send([answer.SerializeToString()])
+            for start in range(0, len(head), _RAW_BYTES):
+                await stream.send([head[start : start + _RAW_BYTES]])
+        while True:
+            async with asyncio.timeout(_TIMEOUT_S):
+                raw = await stream.receive()
+            if raw is None:
+                return
+            wanted = decode(raw).get_pieces
+            if not (0 < wanted.count <= MAX_PIECES_PER_REQUEST and wanted.first + wanted.count <= saved.num_pieces):
+                await stream.fail("there are no such pieces")
+                return
+            for number in range(wanted.first, wanted.first + wanted.count):
+                try:
+                    piece = await asyncio.to_thread(opened.read_piece, number)
+                except UserError as error:
+                    await stream.fail(str(error)[:200])
+                    return
+                async with asyncio.timeout(_TIMEOUT_S):
+                    await stream.send([piece])
+
+
+@dataclass
+class Download:
+    """The first vectors of a saved state, being fetched."""
+
+    head: SavedHead
+    vectors: Tensor
+    """float32 [num_vectors, num_parameters], filled as pieces come."""
+    missing: collections.deque[int] = field(default_factory=collections.deque)
+    num_left: int = 0
+
+    def __post_init__(self) -> None:
+        num_pieces = -(-self.vectors.numel() * 4 // PIECE_BYTES)
+        self.missing.extend(range(num_pieces))
+        self.num_left = num_pieces
+
+    def take(self) -> list[int]:
+        """Pieces in a row that nobody fetches yet."""
+        numbers: list[int] = []
+        while self.missing and len(numbers) < MAX_PIECES_PER_REQUEST:
+            if numbers and self.missing[0] != numbers[-1] + 1:
+                break
+            numbers.append(self.missing.popleft())
+        return numbers
+
+    def put(self, number: int, piece: bytes) -> None:
+        """BadReply if it is not what the head says."""
+        if not self.head.fits(number, piece):
+            raise BadReply(f"piece {number} is not what was announced")
+        memory = self.vectors.view(-1).numpy().data.cast("B")
+        start = number * PIECE_BYTES
+        room = min(len(piece), len(memory) - start)
+        memory[start : start + room] = piece[:room]
+        self.num_left -= 1
+
+
+async def fetch_saved(
+    host: Host,
+    run_id: bytes,
+    stage: int,
+    place: Place,
+    donors: Sequence[Donor],
+    num_parameters: int,
+    *,
+    num_vectors: int = 1,
+    on_bytes: Callable[[int], None] = lambda num_bytes: None,
+) -> tuple[SavedHead, Tensor]:
+    """The first num_vectors vectors (weights, moments) of a saved state: float32 [num_vectors, num_parameters].
+
+    Raises PeerFailed if no donor is left before all is there.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        streams: dict[bytes, list[tuple[FramedStream, SavedHead]]] = collections.defaultdict(list)
+        opened = await asyncio.gather(
+            *(_open(stack, host, run_id, stage, place, donor) for donor in donors[:_MAX_DONORS]), return_exceptions=True
+        )
+        reasons = []
+        for result in opened:
+            if isinstance(result, PeerFailed | TimeoutError):
+                reasons.append(str(result) or "it did not answer in time")
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                streams[result[1].raw].append(result)
+        if not streams:
+            raise PeerFailed(f"nobody could give stage {stage} of epoch {place.epoch}: {'; '.join(reasons)[:300]}")
+        agreed = max(streams.values(), key=lambda group: (len(group), group[0][1].raw))
+        if len(streams) > 1:
+            log.warning("donors differ stage=%d epoch=%d groups=%d", stage, place.epoch, len(streams))
+        head = agreed[0][1]
+        if num_vectors > head.saved.num_vectors or num_parameters != head.saved.num_parameters:
+            raise BadReply(
+                f"the state of stage {stage} has {head.saved.num_vectors} vectors of {head.saved.num_parameters} parameters, "
+                f"not {num_vectors} of {num_parameters}"
+            )
+        download = Download(head, torch.empty(num_vectors, num_parameters))
+        results = await asyncio.gather(
+            *(_fetch_pieces(stream, download, on_bytes) for stream, _ in agreed), return_exceptions=True
+        )
+        for outcome in results:
+            if isinstance(outcome, BaseException) and not isinstance(outcome, PeerFailed | TimeoutError):
+                raise outcome
+        if download.missing:  # of a donor that failed when the others had ended already
+            alive = [stream for (stream, _), result in zip(agreed, results, strict=True) if result is None]
+            for stream in alive:
+                with contextlib.suppress(PeerFailed, TimeoutError):
+                    await _fetch_pieces(stream, download, on_bytes)
+        if download.num_left:
+            raise PeerFailed(f"all donors of stage {stage} of epoch {place.epoch} were lost before it was all here")
+        return head, download.vectors
+
+
+async def _open(
+    stack: contextlib.AsyncExitStack, host: Host, run_id: bytes, stage: int, place: Place, donor: Donor
+) -> tuple[FramedStream, SavedHead]:
+    stream = await host.open_stream(donor.peer_id, RUN_PROTOCOL, _CONNECT_TIMEOUT_S, donor.addresses)
+    stack.push_async_callback(stream.aclose)
+    stream.accept_messages_of(MAX_MESSAGE_BYTES)
+    request = training_pb2.GetSaved(place=training_pb2.Place(epoch=place.epoch, lineage=place.lineage))
+    async with asyncio.timeout(_TIMEOUT_S):
+        await stream.send([introduction_of(run_id, stage, to_stage=stage, is_request=True).SerializeToString()])
+        await stream.send([training_pb2.MemberMessage(get_saved=request).SerializeToString()])
+        check_introduction(await stream.receive(), donor.peer_id)
+        num_bytes = decode(await _received(stream)).saved.head_bytes
+        if not 0 < num_bytes <= MAX_HEAD_BYTES:
+            raise BadReply(f"peer {donor.peer_id[-8:]} announced a head of {num_bytes} bytes")
+        raw = bytearray()
+        while len(raw) < num_bytes:
+            raw += await _received(stream)
+    try:
+        head = SavedHead.parse(bytes(raw), run_id, stage)
+    except ValueError as error:
+        raise BadReply(f"peer {donor.peer_id[-8:]} sent a saved state that makes no sense: {error}") from error
+    if head.saved.place != place:
+        raise BadReply(f"peer {donor.peer_id[-8:]} sent the state of another epoch")
+    return stream, head
+
+
+async def _fetch_pieces(stream: FramedStream, download: Download, on_bytes: Callable[[int], None]) -> None:
+    """Until no piece is left that nobody fetches. What was not fetched in the end is left to others."""
+    while numbers := download.take():
+        try:
+            request = training_pb2.GetPieces(first=numbers[0], count=len(numbers))
+            async with asyncio.timeout(_TIMEOUT_S):
+                await stream.send([training_pb2.MemberMessage(get_pieces=request).SerializeToString()])
+            while numbers:
+                async with asyncio.timeout(_TIMEOUT_S):
+                    piece = await _received(stream)
+                download.put(numbers[0], piece)
+                numbers.pop(0)
+                on_bytes(len(piece))
+        except BaseException as error:
+            download.missing.extendleft(reversed(numbers))
+            log.info("donor lost peer=%s reason=%s", stream.peer_id[-8:], error)
+            raise
+
+
+async def _received(stream: FramedStream) -> bytes:
+    raw = await stream.receive()
+    if raw is None:
+        raise PeerFailed(f"peer {stream.peer_id[-8:]} ended the stream")
+    return raw
