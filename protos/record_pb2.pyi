@@ -73,15 +73,17 @@ class ShardRecord(_message.Message):
     def __init__(self, peer_id: _Optional[str] = ..., expires_at_ms: _Optional[int] = ..., version: _Optional[_Union[_node_pb2.ProtocolVersion, _Mapping]] = ..., model_name: _Optional[str] = ..., source: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., num_blocks: _Optional[int] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., block_digests: _Optional[_Iterable[bytes]] = ..., numeric_class: _Optional[str] = ..., state: _Optional[_Union[ShardState, str]] = ..., started_at_ms: _Optional[int] = ..., decode_s_per_block: _Optional[float] = ..., prefill_tokens_per_s: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SavedPlace(_message.Message):
-    __slots__ = ("epoch", "lineage")
+    __slots__ = ("epoch", "lineage", "era")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    ERA_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     lineage: bytes
-    def __init__(self, epoch: _Optional[int] = ..., lineage: _Optional[bytes] = ...) -> None: ...
+    era: int
+    def __init__(self, epoch: _Optional[int] = ..., lineage: _Optional[bytes] = ..., era: _Optional[int] = ...) -> None: ...
 
 class MemberRecord(_message.Message):
-    __slots__ = ("peer_id", "expires_at_ms", "version", "run_id", "stage", "state", "epoch", "lineage", "tokens_per_s", "bandwidth_bytes_per_s", "loss", "addresses", "is_keeper", "saved")
+    __slots__ = ("peer_id", "expires_at_ms", "version", "run_id", "stage", "state", "epoch", "lineage", "tokens_per_s", "bandwidth_bytes_per_s", "loss", "addresses", "is_keeper", "era", "saved")
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_MS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +97,7 @@ class MemberRecord(_message.Message):
     LOSS_FIELD_NUMBER: _ClassVar[int]
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     IS_KEEPER_FIELD_NUMBER: _ClassVar[int]
+    ERA_FIELD_NUMBER: _ClassVar[int]
     SAVED_FIELD_NUMBER: _ClassVar[int]
     peer_id: str
     expires_at_ms: int
@@ -109,5 +112,6 @@ class MemberRecord(_message.Message):
     loss: float
     addresses: _containers.RepeatedScalarFieldContainer[str]
     is_keeper: bool
+    era: int
     saved: _containers.RepeatedCompositeFieldContainer[SavedPlace]
-    def __init__(self, peer_id: _Optional[str] = ..., expires_at_ms: _Optional[int] = ..., version: _Optional[_Union[_node_pb2.ProtocolVersion, _Mapping]] = ..., run_id: _Optional[bytes] = ..., stage: _Optional[int] = ..., state: _Optional[_Union[ShardState, str]] = ..., epoch: _Optional[int] = ..., lineage: _Optional[bytes] = ..., tokens_per_s: _Optional[float] = ..., bandwidth_bytes_per_s: _Optional[float] = ..., loss: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., is_keeper: bool = ..., saved: _Optional[_Iterable[_Union[SavedPlace, _Mapping]]] = ...) -> None: ...
+    def __init__(self, peer_id: _Optional[str] = ..., expires_at_ms: _Optional[int] = ..., version: _Optional[_Union[_node_pb2.ProtocolVersion, _Mapping]] = ..., run_id: _Optional[bytes] = ..., stage: _Optional[int] = ..., state: _Optional[_Union[ShardState, str]] = ..., epoch: _Optional[int] = ..., lineage: _Optional[bytes] = ..., tokens_per_s: _Optional[float] = ..., bandwidth_bytes_per_s: _Optional[float] = ..., loss: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., is_keeper: bool = ..., era: _Optional[int] = ..., saved: _Optional[_Iterable[_Union[SavedPlace, _Mapping]]] = ...) -> None: ...

@@ -76,12 +76,14 @@ class Introduction(_message.Message):
     def __init__(self, version: _Optional[_Union[_node_pb2.ProtocolVersion, _Mapping]] = ..., run_id: _Optional[bytes] = ..., stage: _Optional[int] = ..., is_request: bool = ..., to_stage: _Optional[int] = ...) -> None: ...
 
 class Place(_message.Message):
-    __slots__ = ("epoch", "lineage")
+    __slots__ = ("epoch", "lineage", "era")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    ERA_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     lineage: bytes
-    def __init__(self, epoch: _Optional[int] = ..., lineage: _Optional[bytes] = ...) -> None: ...
+    era: int
+    def __init__(self, epoch: _Optional[int] = ..., lineage: _Optional[bytes] = ..., era: _Optional[int] = ...) -> None: ...
 
 class Term(_message.Message):
     __slots__ = ("number", "peer")
@@ -298,7 +300,7 @@ class RoundFailed(_message.Message):
     def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ..., term: _Optional[_Union[Term, _Mapping]] = ..., attempt: _Optional[int] = ..., culprits: _Optional[_Iterable[str]] = ..., is_mismatch: bool = ...) -> None: ...
 
 class Commit(_message.Message):
-    __slots__ = ("epoch", "parent", "term", "attempt", "num_loss_tokens", "norm", "is_skipped", "digests", "members", "loss_sum", "eval_loss_sum", "num_eval_tokens", "signature")
+    __slots__ = ("epoch", "parent", "term", "attempt", "num_loss_tokens", "norm", "is_skipped", "digests", "members", "loss_sum", "eval_loss_sum", "num_eval_tokens", "era", "signature")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
@@ -311,6 +313,7 @@ class Commit(_message.Message):
     LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
     EVAL_LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
     NUM_EVAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ERA_FIELD_NUMBER: _ClassVar[int]
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     parent: bytes
@@ -324,8 +327,9 @@ class Commit(_message.Message):
     loss_sum: float
     eval_loss_sum: float
     num_eval_tokens: int
+    era: int
     signature: bytes
-    def __init__(self, epoch: _Optional[int] = ..., parent: _Optional[bytes] = ..., term: _Optional[_Union[Term, _Mapping]] = ..., attempt: _Optional[int] = ..., num_loss_tokens: _Optional[int] = ..., norm: _Optional[float] = ..., is_skipped: bool = ..., digests: _Optional[_Iterable[bytes]] = ..., members: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., loss_sum: _Optional[float] = ..., eval_loss_sum: _Optional[float] = ..., num_eval_tokens: _Optional[int] = ..., signature: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., parent: _Optional[bytes] = ..., term: _Optional[_Union[Term, _Mapping]] = ..., attempt: _Optional[int] = ..., num_loss_tokens: _Optional[int] = ..., norm: _Optional[float] = ..., is_skipped: bool = ..., digests: _Optional[_Iterable[bytes]] = ..., members: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., loss_sum: _Optional[float] = ..., eval_loss_sum: _Optional[float] = ..., num_eval_tokens: _Optional[int] = ..., era: _Optional[int] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Replica(_message.Message):
     __slots__ = ("peer", "stage")
@@ -352,10 +356,10 @@ class Excluded(_message.Message):
     def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ..., term: _Optional[_Union[Term, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class GetState(_message.Message):
-    __slots__ = ("min_epoch",)
-    MIN_EPOCH_FIELD_NUMBER: _ClassVar[int]
-    min_epoch: int
-    def __init__(self, min_epoch: _Optional[int] = ...) -> None: ...
+    __slots__ = ("at_least",)
+    AT_LEAST_FIELD_NUMBER: _ClassVar[int]
+    at_least: Place
+    def __init__(self, at_least: _Optional[_Union[Place, _Mapping]] = ...) -> None: ...
 
 class StateHeader(_message.Message):
     __slots__ = ("place", "commit", "num_parameters", "num_steps", "digest")

@@ -42,6 +42,8 @@ class MemberRecord:
     loss: float | None = None
     """Mean per token over the last epoch that it took part in; None: nothing to tell."""
     addresses: tuple[str, ...] = ()
+    era: int = 0
+    """How often the run was rolled back before it came there."""
     is_keeper: bool = False
     """A node that holds the ends beside its stage: they outlive the trainers with it."""
     saved: tuple[Place, ...] = ()
@@ -73,6 +75,11 @@ class MemberRecord:
         return problem_with_rates(rates) or problem_with_texts((self.peer_id, self.software), self.addresses)
 
     @property
+    def place(self) -> Place:
+        """Where its weights are."""
+        return Place(self.epoch, self.lineage, self.era)
+
+    @property
     def subkey(self) -> str:
         """Its subkey in the DHT, under each of its keys."""
         return self.peer_id
@@ -100,7 +107,8 @@ def sign_member(record: MemberRecord, identity: Identity) -> bytes:
         loss=record.loss,
         addresses=record.addresses,
         is_keeper=record.is_keeper,
-        saved=[record_pb2.SavedPlace(epoch=place.epoch, lineage=place.lineage) for place in record.saved],
+        era=record.era,
+        saved=[record_pb2.SavedPlace(epoch=p.epoch, lineage=p.lineage, era=p.era) for p in record.saved],
     )
     return seal(message, identity, "announce fewer addresses")
 
@@ -124,7 +132,8 @@ def open_member(raw: bytes) -> MemberRecord:
         loss=message.loss if message.HasField("loss") else None,
         addresses=tuple(message.addresses),
         is_keeper=message.is_keeper,
-        saved=tuple(Place(one.epoch, one.lineage) for one in message.saved),
+        era=message.era,
+        saved=tuple(Place(one.epoch, one.lineage, one.era) for one in message.saved),
         protocol_major=message.version.major,
         protocol_minor=message.version.minor,
         software=message.version.software,

@@ -15,14 +15,13 @@ from node.training.placement import is_keeper_needed
 from swarm.errors import SwarmError, UserError
 from swarm.run_store import RunStore
 from swarm.training.artifacts import fetch_artifacts
-from swarm.training.checkpoints import Checkpoints
+from swarm.training.checkpoints import Checkpoints, Resumed
 from swarm.training.ends_replica import load_ends
 from swarm.training.initial import open_initial_weights
 from swarm.training.member_config import MembershipConfig
 from swarm.training.membership import Membership
 from swarm.training.parameters import StageParameters
 from swarm.training.run_host import RunHost
-from swarm.training.saved_states import SavedAt
 
 log = logging.getLogger(__name__)
 
@@ -69,16 +68,15 @@ class Keeper:
     async def _keep(self) -> None:
         spec = self._store.spec
 
-        checkpoints = Checkpoints(self._store, spec.ends_stage)
-
-        def load() -> tuple[StageParameters, SavedAt | None]:
+        def load() -> tuple[StageParameters, Checkpoints, Resumed | None]:
             _, parameters = load_ends(open_initial_weights(spec), spec)
-            return parameters, checkpoints.resume(parameters)
+            checkpoints = Checkpoints(self._store, spec.ends_stage, parameters.size)
+            return parameters, checkpoints, checkpoints.resume(parameters)
 
-        parameters, saved = await self._executor.run(load)
+        parameters, checkpoints, resumed = await self._executor.run(load)
         self.membership = Membership(
             self._run_host, self._store, spec.ends_stage, parameters, DeviceWork(self._executor),
-            is_keeper=True, is_reachable=self._is_reachable, checkpoints=checkpoints, saved=saved, config=self._config,
+            is_keeper=True, is_reachable=self._is_reachable, checkpoints=checkpoints, resumed=resumed, config=self._config,
         )  # fmt: skip
         try:
             async with self.membership.running():

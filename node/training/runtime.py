@@ -60,11 +60,11 @@ class TrainingNode:
             stage_number = await self._choose(directory, store)
             stage, tokens_per_s = await self._executor.run(lambda: self._load(store, stage_number))
             shared = await stack.enter_async_context(run_host(host, directory))
-            checkpoints = Checkpoints(store, stage_number)
-            saved = await self._executor.run(lambda: checkpoints.resume(stage.parameters))
+            checkpoints = Checkpoints(store, stage_number, stage.parameters.size)
+            resumed = await self._executor.run(lambda: checkpoints.resume(stage.parameters))
             membership = Membership(
                 shared, store, stage_number, stage.parameters, DeviceWork(self._executor),
-                is_reachable=not config.use_relay, checkpoints=checkpoints, saved=saved, config=config.membership,
+                is_reachable=not config.use_relay, checkpoints=checkpoints, resumed=resumed, config=config.membership,
             )  # fmt: skip
             membership.tokens_per_s = tokens_per_s
             service = StageService(stage, membership, self._executor, self._limits())

@@ -80,9 +80,9 @@ def summarize(run_id: bytes, spec: RunSpec, records: Iterable[MemberRecord]) -> 
         (r for r in records if r.state != ShardState.LEAVING and r.epoch <= spec.num_epochs),
         key=lambda r: (r.stage, r.peer_id),
     )
-    places = Counter(Place(r.epoch, r.lineage) for r in present)
-    place = max(places, key=lambda one: (places[one], one.epoch, one.lineage), default=None)
-    losses = [r.loss for r in present if Place(r.epoch, r.lineage) == place and r.loss is not None]
+    places = Counter(r.place for r in present)
+    place = max(places, key=lambda one: (places[one], one.era, one.epoch, one.lineage), default=None)
+    losses = [r.loss for r in present if r.place == place and r.loss is not None]
     members = tuple(MemberStatus(r, _trouble(r, present, place)) for r in present)
     return RunStatus(run_id, spec, members, place, losses[0] if losses else None)
 

@@ -33,14 +33,13 @@ from swarm.run_spec import DataKind, DataSpec, Precision
 from swarm.run_store import RunStore
 from swarm.tensors import WireFormat
 from swarm.training.artifacts import fetch_artifacts
-from swarm.training.checkpoints import Checkpoints
+from swarm.training.checkpoints import Checkpoints, Resumed
 from swarm.training.data import Batch, OwnSource, SampleSource
 from swarm.training.find_run import find_run
 from swarm.training.initial import open_initial_weights
 from swarm.training.manifest import Manifest
 from swarm.training.membership import Membership, samples_of
 from swarm.training.run_host import RunHost, run_host
-from swarm.training.saved_states import SavedAt
 from swarm.training.tokenizer_pool import TokenizerPool
 
 log = logging.getLogger(__name__)
@@ -75,7 +74,7 @@ class Trainer:
         config: TrainerConfig,
         *,
         checkpoints: Checkpoints | None = None,
-        saved: SavedAt | None = None,
+        resumed: Resumed | None = None,
     ) -> None:
         self.store, self.spec, self.ends, self.config = store, store.spec, ends, config
         self.counters = TrainerCounters()
@@ -88,7 +87,7 @@ class Trainer:
         self._kept: dict[int, list[Tensor | None]] = {}
         self.membership = Membership(
             run_host, store, store.spec.ends_stage, ends.parameters, self,
-            capacity=config.max_in_flight, checkpoints=checkpoints, saved=saved, config=config.membership,
+            capacity=config.max_in_flight, checkpoints=checkpoints, resumed=resumed, config=config.membership,
         )  # fmt: skip
         is_bf16 = store.spec.precision is Precision.BF16
         client = ClientConfig(
@@ -284,17 +283,16 @@ async def open_trainer(config: TrainerConfig, pool: TokenizerPool | None = None)
         store = await find_run(directory, config.run_id, config.cache_dir)
         await fetch_artifacts(host, directory, store)
 
-        checkpoints = Checkpoints(store, store.spec.ends_stage)
-
-        def load() -> tuple[TrainableEnds, _Sources, SavedAt | None]:
+        def load() -> tuple[TrainableEnds, _Sources, Checkpoints, Resumed | None]:
             if config.threads is not None:
                 torch.set_num_threads(config.threads)
             ends = TrainableEnds(open_initial_weights(store.spec), store.spec)
-            return ends, open_sources(store, config, pool), checkpoints.resume(ends.parameters)
+            checkpoints = Checkpoints(store, store.spec.ends_stage, ends.parameters.size)
+            return ends, open_sources(store, config, pool), checkpoints, checkpoints.resume(ends.parameters)
 
-        ends, sources, saved = await asyncio.to_thread(load)
+        ends, sources, checkpoints, resumed = await asyncio.to_thread(load)
         shared = await stack.enter_async_context(run_host(host, directory))
-        trainer = Trainer(shared, store, ends, sources, config, checkpoints=checkpoints, saved=saved)
+        trainer = Trainer(shared, store, ends, sources, config, checkpoints=checkpoints, resumed=resumed)
         if trainer.membership.is_over:
             trainer.done.set()
         stack.push_async_callback(trainer.aclose)

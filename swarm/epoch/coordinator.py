@@ -511,6 +511,7 @@ class Coordinator:
             loss_sum=math.fsum(r.loss_sum for r in of_data),
             eval_loss_sum=math.fsum(r.loss_sum for r in of_eval),
             num_eval_tokens=sum(r.num_loss_tokens for r in of_eval),
+            era=self.place.era,
         )
         self.phase = Phase.COMMITTED
         self._leases.clear()

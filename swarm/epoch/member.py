@@ -283,6 +283,10 @@ class Member:
             self._on_message(self.me, self._to_self.popleft())
         return self._actions
 
+    def hold(self, term: Term, attempt: int, digest: bytes, square_norm: float) -> None:
+        """Before the start: a sum that an earlier life of this member held here, with an outcome that it did not learn."""
+        self._held[term, attempt] = _Held(digest, square_norm)
+
     def start(self) -> list[Action]:
         """Begin to take part."""
         self._actions = []
@@ -460,7 +464,8 @@ class Member:
         """The peer is in another epoch or history: give it our last Commit if that is all it lacks; or one follows the other."""
         assert not isinstance(message, Commit)
         theirs: Place = message.place
-        if self.last_commit is not None and theirs == self.last_commit.before:
+        is_next = self.last_commit is not None and self.last_commit.after == self.place
+        if is_next and self.last_commit is not None and theirs == self.last_commit.before:
             self._send(peer, self.last_commit)
         elif isinstance(message, Where) and self.place.is_behind(theirs):
             self._download(theirs, peer)
@@ -670,7 +675,7 @@ class Member:
             and len(commit.digests) == self.rules.num_stages
             and held.digest == commit.digests[self.stage]
         )
-        if (self.me, self.stage) not in commit.members or not (holds or commit.is_skipped):
+        if not (holds or (commit.is_skipped and (self.me, self.stage) in commit.members)):
             if may_decide:  # our followers, who may hold what we lack, take it from nobody else
                 for other in sorted(self.known.keys() - self.lost - {self.me, peer}):
                     self._send(other, commit)

@@ -30,10 +30,25 @@ class Place:
 
     epoch: int
     lineage: bytes
+    era: int = field(default=0, compare=False)
+    """How often this history was rolled back; the lineage says all, and this who has to follow."""
 
     def is_behind(self, other: Place) -> bool:
-        """Whether who is here has to go there when the two meet: the longer history wins, and of equals the smaller hash."""
-        return (self.epoch, other.lineage) < (other.epoch, self.lineage)
+        """Whether who is here has to go there when the two meet.
+
+        A history that was rolled back is left behind; else the longer one wins, and of equals the smaller hash.
+        """
+        return (self.era, self.epoch, other.lineage) < (other.era, other.epoch, self.lineage)
+
+    def rolled_back(self, era: int) -> Place:
+        """Where a run goes on that was rolled back to here. Whoever decides so comes to the same place."""
+        tag = b"shardswarm rollback 1" + era.to_bytes(8, "big")
+        return Place(self.epoch, hashlib.sha256(tag + self.lineage).digest(), era)
+
+    def follows(self, commit: Commit | None, run_id: bytes) -> bool:
+        """Whether a commit (None: the start of the run) leads here, be it by rolling back to where it led."""
+        origin = Place(0, run_id) if commit is None else commit.after
+        return self == origin or (self.era > origin.era and self == origin.rolled_back(self.era))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +120,8 @@ class Commit:
     loss_sum: float
     eval_loss_sum: float = 0.0
     num_eval_tokens: int = 0
+    era: int = 0
+    """As in Place."""
     signature: bytes = field(default=b"", compare=False)
     """Of the leader, over the lineage."""
 
@@ -113,8 +130,9 @@ class Commit:
         """Names the history that ends with this step. SHA-256 over the parent and everything that was decided."""
         hasher = hashlib.sha256(b"shardswarm commit 1\0")
         fixed = struct.pack(
-            "!QQQdddQQ?",
+            "!QQQQdddQQ?",
             self.epoch,
+            self.era,
             self.term.number,
             self.attempt,
             self.norm,
@@ -131,11 +149,11 @@ class Commit:
 
     @property
     def before(self) -> Place:
-        return Place(self.epoch, self.parent)
+        return Place(self.epoch, self.parent, self.era)
 
     @property
     def after(self) -> Place:
-        return Place(self.epoch + 1, self.lineage)
+        return Place(self.epoch + 1, self.lineage, self.era)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
-from swarm.epoch.messages import Commit, Place
+from torch import Tensor
+
+from swarm.epoch.messages import Commit, Place, Term
 from swarm.errors import BadRequest, UserError
 from swarm.run_store import RunStore
+from swarm.training.journal import Journal, KeptSum
+from swarm.training.outcome import apply_commit
 from swarm.training.parameters import StageParameters, StageState
-from swarm.training.saved_states import SavedAt, SavedStates
+from swarm.training.saved_states import SavedStates
 
 log = logging.getLogger(__name__)
 
+Saving: TypeAlias = tuple[Place, Commit | None, StageState]
+"""What is to be saved; the commit is signed, and the state nobody else's."""
 NUM_COMPLETE = 2
 """So many complete checkpoints are kept."""
 _MAX_KEPT = 4
+_MAX_JOURNAL = 16
+"""Sums in the journal; then the state is saved instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Where a member goes on from its own disk; its parameters are there."""
+
+    place: Place
+    commit: Commit | None
+    """That led there; None at the start of the run."""
+    held: KeptSum | None = None
+    """What was averaged there last, with an outcome that is not known here."""
 
 
 def is_complete(place: Place, seen: Mapping[int, Collection[Place]], num_stages: int) -> bool:
@@ -38,33 +59,83 @@ def states_to_keep(own: Sequence[Place], seen: Mapping[int, Collection[Place]], 
 class Checkpoints:
     """Of one member: every so many epochs, as the run's rules say, at the run's end, and when it leaves."""
 
-    def __init__(self, store: RunStore, stage: int) -> None:
+    def __init__(self, store: RunStore, stage: int, size: int) -> None:
+        """size: values of the stage's vector."""
         self.states = SavedStates(store.folder / "states", store.run_id, stage)
-        self._every, self._num_epochs = store.spec.checkpoint_every, store.spec.num_epochs
+        self._journal = Journal(store.folder / "journal", store.run_id, stage, size)
+        self._journal_end: Place | None = None
+        """Up to which a restart comes by the journal."""
+        self._spec, self._run_id = store.spec, store.run_id
         self._saving: asyncio.Task[None] | None = None
         self.places: tuple[Place, ...] = ()
         """What is on this disk, newest first."""
 
-    def resume(self, parameters: StageParameters) -> SavedAt | None:
-        """Go on from the newest state on this disk, if there is one. Raises UserError if the folder cannot be read."""
+    def resume(self, parameters: StageParameters) -> Resumed | None:
+        """Go on from what is on this disk, if there is something. Raises UserError if the folder cannot be read."""
         self._look()
+        place, commit = Place(0, self._run_id), None
         newest = self.states.newest_whole(parameters)
-        if newest is None:
+        if newest is not None:
+            saved, state = newest
+            try:
+                parameters.install(state)
+                place, commit = saved.place, saved.commit
+            except BadRequest as error:
+                log.warning("saved state not used file=%s reason=%s", saved.path, error)
+        for step, kept in self._journal.steps_after(place):
+            apply_commit(parameters, self._spec, step, None if kept is None else kept.vector)
+            place, commit = step.after, step
+            self._journal_end = place
+        held = self._journal.read_sum(place)
+        if commit is None and held is None:
             return None
-        saved, state = newest
+        log.info("going on from this disk epoch=%d", place.epoch)
+        return Resumed(place, commit, held)
+
+    async def load(self, place: Place, parameters: StageParameters) -> tuple[StageState, Commit | None] | None:
+        """The saved state at a place, or at the one that was rolled back to there; None if it is not here, or damaged."""
+
+        def read() -> tuple[StageState, Commit | None] | None:
+            for saved in self.states.found():
+                if place == saved.place or place.follows(saved.commit, self._run_id):
+                    return self.states.load(saved, parameters), saved.commit
+            return None
+
         try:
-            parameters.install(state)
-        except BadRequest as error:
-            log.warning("saved state not used file=%s reason=%s", saved.path, error)
+            return await asyncio.to_thread(read)
+        except UserError as error:
+            log.warning("saved state not used epoch=%d reason=%s", place.epoch, error)
             return None
-        log.info("going on from this disk epoch=%d", saved.place.epoch)
-        return saved
+
+    async def keep_sum(
+        self, place: Place, term: Term, attempt: int, vector: Tensor, state_here: Callable[[], Awaitable[Saving]]
+    ) -> None:
+        """Before the only replica of a stage reports: what it would take to step again. state_here: the state at that place."""
+        is_based = place == self._journal_end or place in self.places or place == Place(0, self._run_id)
+        if not is_based:
+            await self.wait()
+            await self.save(*await state_here())
+        try:
+            await asyncio.to_thread(self._journal.write_sum, place, term, attempt, vector)
+        except UserError as error:
+            log.error("sum not kept epoch=%d reason=%s", place.epoch, error)
+
+    async def keep_commit(self, commit: Commit) -> None:
+        """After the step: the outcome of a sum that was kept."""
+        try:
+            if await asyncio.to_thread(self._journal.write_commit, commit):
+                self._journal_end = commit.after
+        except UserError as error:
+            log.error("commit not kept epoch=%d reason=%s", commit.epoch, error)
 
     def _look(self) -> None:
         self.places = tuple(saved.place for saved in self.states.found())
 
     def is_due(self, place: Place) -> bool:
-        return place.epoch > 0 and (place.epoch % self._every == 0 or place.epoch >= self._num_epochs)
+        """Whether the state there is to be saved."""
+        is_long = len(self._journal) >= _MAX_JOURNAL
+        is_checkpoint = place.epoch % self._spec.checkpoint_every == 0 or place.epoch >= self._spec.num_epochs
+        return place.epoch > 0 and (is_checkpoint or is_long)
 
     def begin(self, place: Place, commit: Commit | None, state: StageState) -> None:
         """Save in the background; the state is ours from now on. With the last one still under way this one is left out."""
@@ -77,6 +148,7 @@ class Checkpoints:
         """A disk that is full or broken costs a line in the log; what was saved before is as it was."""
         try:
             await asyncio.to_thread(self.states.save, place, commit, state)
+            await asyncio.to_thread(self._journal.drop_before, place.epoch)
             await asyncio.to_thread(self._look)
         except UserError as error:
             log.error("state not saved epoch=%d reason=%s", place.epoch, error)

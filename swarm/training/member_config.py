@@ -26,6 +26,8 @@ class MembershipConfig:
     give_up_s: float = 600.0
     """A lost peer is looked for where it was, for so long."""
     record_lifetime_s: float = 30.0
+    roll_back_after_s: float = 60.0
+    """A run that stands still because nobody has a stage's newest state goes back to a checkpoint after so long."""
     round_timeout_s: float = 600.0
     download_timeout_s: float = 3600.0
     links: LinkConfig = field(default_factory=LinkConfig)

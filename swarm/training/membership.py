@@ -35,16 +35,17 @@ from swarm.records import MAX_ADDRESSES, MAX_LIFETIME_S, ShardState
 from swarm.run_spec import RunSpec
 from swarm.run_store import RunStore
 from swarm.training.artifacts import send_artifact
-from swarm.training.checkpoints import Checkpoints
+from swarm.training.checkpoints import Checkpoints, Resumed, Saving
 from swarm.training.links import Links
 from swarm.training.member_config import MembershipConfig
 from swarm.training.member_name import member_name, peer_of, stage_of
-from swarm.training.parameters import GradientSum, StageParameters, gradient_digest, square_norm
+from swarm.training.outcome import apply_commit
+from swarm.training.parameters import GradientSum, StageParameters, StageState, gradient_digest, square_norm
+from swarm.training.rollback import Watch, saved_by_stage
 from swarm.training.run_host import RunHost
-from swarm.training.saved_states import SavedAt
 from swarm.training.saved_transfer import send_saved
 from swarm.training.state_transfer import fetch_state, send_state
-from swarm.training.wire import is_signed, sign_commit
+from swarm.training.wire import is_signed, place_from_wire, sign_commit
 
 log = logging.getLogger(__name__)
 
@@ -128,10 +129,10 @@ class Membership:
         is_keeper: bool = False,
         is_reachable: bool = True,
         checkpoints: Checkpoints | None = None,
-        saved: SavedAt | None = None,
+        resumed: Resumed | None = None,
         config: MembershipConfig | None = None,
     ) -> None:
-        """saved: the parameters hold this saved state; None: the run's initial weights."""
+        """resumed: where the parameters are; None: the run's initial weights."""
         self.run_host, self.stage = run_host, stage
         self.host, self.directory = run_host.host, run_host.directory
         self.name = member_name(run_host.peer_id, stage)
@@ -142,11 +143,11 @@ class Membership:
         self.counters = Counters()
         self.is_keeper = is_keeper
         self.checkpoints = checkpoints
-        self.last_commit = saved.commit if saved is not None else None
+        self.last_commit = resumed.commit if resumed is not None else None
         self.tokens_per_s = 0.0
         self._sums: list[tuple[Ledger, GradientSum]] = []
         ledger, early = self._new_ledger(), self._new_ledger() if spec.delay else None
-        start = saved.place if saved is not None else Place(0, run_id)
+        start = resumed.place if resumed is not None else Place(0, run_id)
         self.weights_at: tuple[Place, Commit | None] = (start, self.last_commit)
         """Which step the weights are at; changed on the device thread, together with them."""
         self.member = m.Member(
@@ -156,6 +157,11 @@ class Membership:
         self.on_commit: list[Callable[[Commit], None]] = []
         self._events: asyncio.Queue[m.Event] = asyncio.Queue()
         self._held: dict[tuple[Term, int], Exchanged] = {}
+        if resumed is not None and resumed.held is not None:
+            kept = resumed.held
+            self._held[kept.term, kept.attempt] = Exchanged(kept.vector, None, 0, 0, 0.0, {})
+            self.member.hold(kept.term, kept.attempt, kept.digest, kept.square_norm)
+        self._watch = Watch(spec.num_stages, self.config.roll_back_after_s)
         self._residual: Tensor | None = None
         self._averaging: tuple[tuple[Term, int], asyncio.Task[None]] | None = None
         self._download: asyncio.Task[None] | None = None
@@ -268,6 +274,7 @@ class Membership:
             state=ShardState.JOINING if self._state is ShardState.ONLINE and not self._is_at_work else self._state,
             epoch=self.place.epoch,
             lineage=self.place.lineage,
+            era=self.place.era,
             expires_at=time.time() + self.config.record_lifetime_s,
             tokens_per_s=self.tokens_per_s,
             loss=None if commit is None or not commit.num_loss_tokens else commit.loss_sum / commit.num_loss_tokens,
@@ -305,6 +312,7 @@ class Membership:
         while True:
             records = await self.directory.find_members(self.run_id, range(self.spec.num_stages))
             await self._prune(records)
+            await self._look_back(records)
             for record in records:
                 if record.peer_id != self.host.peer_id and record.state != ShardState.LEAVING:
                     self._links.know(member_name(record.peer_id, record.stage), record.addresses)
@@ -321,13 +329,22 @@ class Membership:
     async def _prune(self, records: Sequence[MemberRecord]) -> None:
         if self.checkpoints is None:
             return
-        saved: dict[int, set[Place]] = {}
-        for record in records:
-            saved.setdefault(record.stage, set()).update(record.saved)
         try:
-            await self.checkpoints.prune(saved, self.stage, self.spec.num_stages)
+            await self.checkpoints.prune(saved_by_stage(records), self.stage, self.spec.num_stages)
         except UserError as error:
             log.warning("saved states cannot be looked at: %s", error)
+
+    async def _look_back(self, records: Sequence[MemberRecord]) -> None:
+        """Go back to a checkpoint if the run cannot go on."""
+        others = [record for record in records if (record.peer_id, record.stage) != (self.host.peer_id, self.stage)]
+        decision = self._watch.look([*others, self.record()], time.monotonic())
+        if decision is None or self.checkpoints is None or not self.place.is_behind(decision.goal):
+            return
+        log.warning(
+            "the run goes back from epoch=%d to epoch=%d: nobody has the newest state of stages=%s",
+            decision.newest.epoch, decision.goal.epoch, ",".join(map(str, decision.lost)),
+        )  # fmt: skip
+        await self._install_saved(decision.goal)
 
     async def _announce(self) -> None:
         self._state = ShardState.ONLINE
@@ -437,6 +454,8 @@ class Membership:
             log.error("cannot take part in the exchange epoch=%d reason=%s", place.epoch, error)
             self.feed(m.NotAveraged(order.term, order.attempt, frozenset({self.name})))
             return
+        if len(order.group) == 1 and self.checkpoints is not None:
+            await self.checkpoints.keep_sum(place, order.term, order.attempt, done.vector, self._saving)
         self.counters.averaging_s += time.monotonic() - started
         self.counters.bytes_averaged += done.bytes_sent
         if done.rates:
@@ -449,21 +468,18 @@ class Membership:
     async def _step(self, commit: Commit) -> None:
         held = self._held.pop((commit.term, commit.attempt), None)
         self._held.clear()
-        settings, num_epochs = self.spec.optimizer, self.spec.num_epochs
 
         def compute() -> None:
-            if not commit.is_skipped:
-                assert held is not None
-                factor = settings.clip_factor(commit.norm) / max(commit.num_loss_tokens, 1)
-                self.parameters.step(held.vector.mul_(factor), settings.lr_at(commit.epoch, num_epochs))
+            apply_commit(self.parameters, self.spec, commit, None if held is None else held.vector)
             self.weights_at = commit.after, commit
 
         await self.work.on_device(compute)
         if held is not None:
             self._residual = held.residual
-        if self.checkpoints is not None and self.checkpoints.is_due(commit.after):
-            state = await self.work.on_device(self.parameters.snapshot)
-            self.checkpoints.begin(commit.after, self._sign_kept(commit), state)
+        if self.checkpoints is not None:
+            await self.checkpoints.keep_commit(self._sign_kept(commit))
+            if self.checkpoints.is_due(commit.after):
+                self.checkpoints.begin(*await self._saving())
         self.counters.num_steps += not commit.is_skipped
         self.counters.num_skipped += commit.is_skipped
         self._tell(commit)
@@ -482,7 +498,9 @@ class Membership:
     # State from and for other replicas.
 
     async def _fetch(self, order: m.Download) -> None:
-        """Download the state of a replica; if nobody can give it, look again at where everybody is."""
+        """Get the state from our disk or download that of a replica; if there is none, look again at where everybody is."""
+        if await self._install_saved(order.place):
+            return
         records = await self.directory.find_members(self.run_id, [self.stage])
         for record in records:
             self._links.know(member_name(record.peer_id, record.stage), record.addresses)
@@ -500,22 +518,33 @@ class Membership:
                 log.info("no state from peer=%s reason=%s", peer[-8:], error)
                 continue
 
-            def install(place: Place = place, commit: Commit | None = commit) -> None:
-                self.parameters.install(state)  # noqa: B023  awaited below
-                self.weights_at = place, commit
-
-            await self.work.on_device(install)
-            self._residual = None
-            self._held.clear()
             self.counters.num_downloads += 1
-            log.info("state installed epoch=%d peer=%s", place.epoch, peer[-8:])
-            if commit is not None:
-                self._tell(commit)
-            self.feed(m.Installed(place, commit))
+            log.info("state downloaded epoch=%d peer=%s", place.epoch, peer[-8:])
+            await self._install(place, commit, state)
             return
         log.warning("nobody gave the state of this stage stage=%d asked=%d", self.stage, len(candidates))
         await asyncio.sleep(self.config.tick_s)
         self.feed(m.Installed(self.member.place, self.member.last_commit))
+
+    async def _install_saved(self, place: Place) -> bool:
+        """Go to a place whose state is on our disk."""
+        loaded = None if self.checkpoints is None else await self.checkpoints.load(place, self.parameters)
+        if loaded is not None:
+            await self._install(place, loaded[1], loaded[0])
+        return loaded is not None
+
+    async def _install(self, place: Place, commit: Commit | None, state: StageState) -> None:
+        def install() -> None:
+            self.parameters.install(state)
+            self.weights_at = place, commit
+
+        await self.work.on_device(install)
+        self._residual = None
+        self._held.clear()
+        log.info("state installed epoch=%d", place.epoch)
+        if commit is not None:
+            self._tell(commit)
+        self.feed(m.Installed(place, commit))
 
     async def _on_request(self, peer: str, request: training_pb2.MemberMessage, stream: FramedStream) -> None:
         if request.WhichOneof("kind") == "get_artifact":
@@ -528,10 +557,20 @@ class Membership:
             await stream.fail("this member has no such thing")
             return
         (place, commit), state = await self.work.on_device(lambda: (self.weights_at, self.parameters.snapshot()))
-        if place.epoch < request.get_state.min_epoch or self.member.is_downloading:
+        if place.is_behind(place_from_wire(request.get_state.at_least)) or self.member.is_downloading:
             await stream.fail(f"this member is at epoch {place.epoch} itself")
             return
         await send_state(stream, place, None if commit is None else self._sign_kept(commit), state)
+
+    async def _saving(self) -> Saving:
+        """The state as it is, copied."""
+
+        def copy() -> tuple[Place, Commit | None, StageState]:
+            place, commit = self.weights_at
+            return place, commit, self.parameters.snapshot()
+
+        place, commit, state = await self.work.on_device(copy)
+        return place, None if commit is None else self._sign_kept(commit), state
 
     async def _save_last(self) -> None:
         """At the end: a restart goes on from here."""

@@ -50,7 +50,14 @@ from swarm.epoch.messages import LINEAGE_BYTES, Commit, Place
 from swarm.errors import BadReply, UserError
 from swarm.run_id import RUN_ID_BYTES
 from swarm.training.parameters import StageParameters, StageState
-from swarm.training.wire import MAX_MESSAGE_BYTES, commit_from_wire, commit_to_wire, is_signed
+from swarm.training.wire import (
+    MAX_MESSAGE_BYTES,
+    commit_from_wire,
+    commit_to_wire,
+    is_signed,
+    place_from_wire,
+    place_to_wire,
+)
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +153,7 @@ class SavedStates:
             raise ValueError("the vectors of a state must be float32 and equally long")
         table = b"".join(_sha256(*parts) for parts in _pieces(vectors))
         header = training_pb2.StateHeader(
-            place=training_pb2.Place(epoch=place.epoch, lineage=place.lineage),
+            place=place_to_wire(place),
             commit=None if commit is None else commit_to_wire(commit),
             num_parameters=state.values.numel(),
             num_steps=state.num_steps,
@@ -175,7 +182,7 @@ class SavedStates:
                 continue  # another member has just removed it
             except (OSError, ValueError) as error:
                 log.warning("saved state skipped file=%s reason=%s", path, _reason(error))
-        return sorted(found, key=lambda saved: (-saved.place.epoch, saved.place.lineage))
+        return sorted(found, key=lambda saved: (-saved.place.era, -saved.place.epoch, saved.place.lineage))
 
     def load(self, saved: SavedAt, parameters: StageParameters) -> StageState:
         """The state, in memory of its own. Raises UserError if the file is damaged or gone, or of another kind of stage."""
@@ -281,7 +288,7 @@ class SavedStates:
             commit = commit_from_wire(header.commit) if header.HasField("commit") else None
         except (DecodeError, BadReply) as error:
             raise ValueError(f"its header makes no sense: {error}") from error
-        place = Place(header.place.epoch, header.place.lineage)
+        place = place_from_wire(header.place)
         self._check_proof(place, commit)
         if header.num_parameters < 1 or num_vectors not in (3, 4) or len(header.digest) != _HASH_BYTES:
             raise ValueError("its header makes no sense")
@@ -300,10 +307,8 @@ class SavedStates:
         )
 
     def _check_proof(self, place: Place, commit: Commit | None) -> None:
-        if commit is None:
-            is_proven = place == Place(0, self._run_id)
-        else:
-            is_proven = commit.after == place and is_signed(commit, self._run_id)
+        is_signed_by_leader = commit is None or is_signed(commit, self._run_id)
+        is_proven = is_signed_by_leader and place.follows(commit, self._run_id)
         if not is_proven or len(place.lineage) != LINEAGE_BYTES:
             raise ValueError(f"no signed commit proves how the run came to epoch {place.epoch}")
 

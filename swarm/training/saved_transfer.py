@@ -26,7 +26,7 @@ from swarm.p2p.host import Host
 from swarm.training.member_config import RUN_PROTOCOL
 from swarm.training.run_host import check_introduction, introduction_of
 from swarm.training.saved_states import PIECE_BYTES, SavedHead, SavedStates
-from swarm.training.wire import MAX_MESSAGE_BYTES, decode
+from swarm.training.wire import MAX_MESSAGE_BYTES, decode, place_from_wire, place_to_wire
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Donor:
 
 async def send_saved(stream: FramedStream, states: SavedStates, request: training_pb2.GetSaved) -> None:
     """Answer GetSaved, and the requests for pieces that follow."""
-    place = Place(request.place.epoch, request.place.lineage)
+    place = place_from_wire(request.place)
     try:
         saved = next((one for one in await asyncio.to_thread(states.found) if one.place == place), None)
         if saved is None:
@@ -181,7 +181,7 @@ async def _open(
     stream = await host.open_stream(donor.peer_id, RUN_PROTOCOL, _CONNECT_TIMEOUT_S, donor.addresses)
     stack.push_async_callback(stream.aclose)
     stream.accept_messages_of(MAX_MESSAGE_BYTES)
-    request = training_pb2.GetSaved(place=training_pb2.Place(epoch=place.epoch, lineage=place.lineage))
+    request = training_pb2.GetSaved(place=place_to_wire(place))
     async with asyncio.timeout(_TIMEOUT_S):
         await stream.send([introduction_of(run_id, stage, to_stage=stage, is_request=True).SerializeToString()])
         await stream.send([training_pb2.MemberMessage(get_saved=request).SerializeToString()])

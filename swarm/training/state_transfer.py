@@ -11,7 +11,14 @@ from swarm.p2p.framing import FramedStream
 from swarm.terminal import ProgressBar
 from swarm.training.links import Links
 from swarm.training.parameters import StageParameters, StageState
-from swarm.training.wire import commit_from_wire, commit_to_wire, decode, is_signed
+from swarm.training.wire import (
+    commit_from_wire,
+    commit_to_wire,
+    decode,
+    is_signed,
+    place_from_wire,
+    place_to_wire,
+)
 
 _PIECE_BYTES = 128 * 1024
 _STALL_S = 15.0
@@ -21,7 +28,7 @@ async def send_state(stream: FramedStream, place: Place, commit: Commit | None, 
     """Answer GetState."""
     digest = await asyncio.to_thread(state.digest)
     header = training_pb2.StateHeader(
-        place=training_pb2.Place(epoch=place.epoch, lineage=place.lineage),
+        place=place_to_wire(place),
         commit=None if commit is None else commit_to_wire(commit),
         num_parameters=state.values.numel(),
         num_steps=state.num_steps,
@@ -42,20 +49,18 @@ async def fetch_state(
 ) -> tuple[Place, Commit | None, StageState]:
     """The state of a replica of the same stage that is at a place, or further. Raises PeerFailed or BadReply."""
     size = parameters.size
-    request = training_pb2.MemberMessage(get_state=training_pb2.GetState(min_epoch=at_least.epoch))
+    request = training_pb2.MemberMessage(get_state=training_pb2.GetState(at_least=place_to_wire(at_least)))
     stream = await links.open_request(peer_id, request)
     try:
         header = decode(await _receive(stream)).state
-        place, commit = Place(header.place.epoch, header.place.lineage), None
+        place, commit = place_from_wire(header.place), None
         if header.num_parameters != size:
             raise BadReply(f"peer {peer_id[-8:]} has a stage of {header.num_parameters} parameters, not {size}")
         if header.HasField("commit"):
             commit = commit_from_wire(header.commit)
-            if commit.after != place or not is_signed(commit, run_id):
-                raise BadReply(f"peer {peer_id[-8:]} cannot prove how it came to epoch {place.epoch}")
-        elif place != Place(0, run_id):
+        if not place.follows(commit, run_id) or (commit is not None and not is_signed(commit, run_id)):
             raise BadReply(f"peer {peer_id[-8:]} cannot prove how it came to epoch {place.epoch}")
-        if place.epoch < at_least.epoch or (place.epoch == at_least.epoch and place != at_least):
+        if place.is_behind(at_least):
             raise PeerFailed(f"peer {peer_id[-8:]} is at epoch {place.epoch} of another history")
         state = parameters.empty_state(header.num_steps)
         with ProgressBar("downloading the stage's state", len(state.tensors) * 4 * size) as bar:

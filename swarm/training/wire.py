@@ -72,6 +72,14 @@ def decode(raw: bytes) -> training_pb2.MemberMessage:
         raise BadReply("a member sent bytes that are no message") from error
 
 
+def place_to_wire(place: messages.Place) -> training_pb2.Place:
+    return training_pb2.Place(epoch=place.epoch, lineage=place.lineage, era=place.era)
+
+
+def place_from_wire(wire: training_pb2.Place) -> messages.Place:
+    return messages.Place(wire.epoch, wire.lineage, wire.era)
+
+
 def commit_to_wire(commit: messages.Commit) -> training_pb2.Commit:
     wire = training_pb2.Commit()
     _fill(wire, commit)

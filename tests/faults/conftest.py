@@ -29,10 +29,10 @@ from swarm.client.blocking import LoopThread
 from swarm.messages import NODE_PROTOCOL, own_version
 from swarm.p2p.host import HostConfig, running_host
 from swarm.p2p.runtime_dir import sweep
-from tests.support.fork_server import ForkServer
+from tests.support.fork_server import ROOT, ForkServer, environment
 from tests.support.models import save_tiny
 from tests.support.probes import ask
-from tests.support.processes import ROOT, LocalSwarm, Process, local_swarm, stop_all, wait_until
+from tests.support.processes import LocalSwarm, Process, local_swarm, stop_all, wait_until
 
 FAST, MIDDLE, SLOW = 1e-6, 1e-3, 4e-3  # announced seconds per block; a hop costs 1.5e-3
 NUM_TOKENS = 12  # so many steps does a victim see in one generation: the prompt and all new tokens but the last
@@ -43,7 +43,7 @@ QUICK_STALL_S = 4.0
 
 
 def processes_below(root: Path) -> list[psutil.Process]:
-    """Live processes that were started with TMPDIR=root: our programs and their p2pds."""
+    """Live processes that were started anew with TMPDIR=root: our programs and the p2pds of all."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -53,7 +53,7 @@ def processes_below(root: Path) -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def fault_root() -> Iterator[Path]:
+def fault_root(fork_server: ForkServer) -> Iterator[Path]:
     """TMPDIR of all processes of these tests. At the end no process may live, and nothing stay that a sweep leaves."""
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="ft-", dir="/tmp"))
@@ -64,13 +64,6 @@ def fault_root() -> Iterator[Path]:
         sweep(left)  # what the tests killed; any other program of ours does the same when it starts
         assert list(left.iterdir()) == []
     shutil.rmtree(root)
-
-
-@pytest.fixture(scope="session")
-def fork_server(fault_root: Path) -> Iterator[ForkServer]:
-    server = ForkServer({"TMPDIR": str(fault_root)})
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="session")
@@ -219,29 +212,26 @@ def observer() -> Iterator[Observer]:
 class CommandLine:
     """`python -m swarm ...` in its own process, with pipes on all sides; its output is read as it comes."""
 
-    def __init__(self, root: Path, *arguments: str) -> None:
-        self.popen = subprocess.Popen(
-            [sys.executable, "-m", "swarm", *arguments],
-            cwd=ROOT,
-            env={**os.environ, "TMPDIR": str(root), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+    def __init__(self, root: Path, *arguments: str, fork_server: ForkServer | None = None) -> None:
+        command = [sys.executable, "-m", "swarm", *arguments]
+        pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        env = environment({"TMPDIR": str(root)})
+        self.popen: Any = (
+            subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes)
+            if fork_server is None
+            else fork_server.fork(command, env, text=True, **pipes)
         )
 
     @property
     def pid(self) -> int:
-        return self.popen.pid
+        return int(self.popen.pid)
 
     def type(self, line: str) -> None:
-        assert self.popen.stdin is not None
         self.popen.stdin.write(line + "\n")
         self.popen.stdin.flush()
 
     def finish(self, timeout_s: float) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
-        assert self.popen.stdin is not None and self.popen.stdout is not None and self.popen.stderr is not None
         code = self.popen.wait(timeout_s)
         out, err = self.popen.stdout.read(), self.popen.stderr.read()
         self.close()
@@ -251,7 +241,6 @@ class CommandLine:
         self.popen.kill()
         self.popen.wait()
         for pipe in (self.popen.stdin, self.popen.stdout, self.popen.stderr):
-            assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
 

@@ -18,6 +18,7 @@ from tests.faults.conftest import (
     directories_of,
     is_alive,
 )
+from tests.support.fork_server import ForkServer
 from tests.support.models import save_tiny
 from tests.support.processes import LocalSwarm, wait_until
 
@@ -37,13 +38,15 @@ def endless_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def swarm_cli(nodes: LocalSwarm, endless_path: Path, fault_root: Path) -> Iterator[Callable[..., CommandLine]]:
-    """Starts `swarm COMMAND ...` on the endless model."""
+def swarm_cli(
+    nodes: LocalSwarm, endless_path: Path, fault_root: Path, fork_server: ForkServer
+) -> Iterator[Callable[..., CommandLine]]:
+    """Starts `swarm COMMAND ...` on the endless model; `generate` in an interpreter of its own."""
     started: list[CommandLine] = []
 
     def start(command: str, *arguments: str) -> CommandLine:
-        peers = ("--initial-peers", nodes.initial_peers[0])
-        started.append(CommandLine(fault_root, command, *peers, "--model", str(endless_path), *arguments))
+        words = (command, "--initial-peers", nodes.initial_peers[0], "--model", str(endless_path), *arguments)
+        started.append(CommandLine(fault_root, *words, fork_server=None if command == "generate" else fork_server))
         return started[-1]
 
     yield start

@@ -79,7 +79,7 @@ class Field:
 
 
 @pytest.fixture
-def start(tmp_path: Path, fork_server: ForkServer) -> Any:
+def start(tmp_path: Path, fault_root: Path, fork_server: ForkServer) -> Any:
     """start(nodes=fault, trainers=fault, **rules): a context with a Field."""
     import contextlib
 
@@ -88,7 +88,8 @@ def start(tmp_path: Path, fork_server: ForkServer) -> Any:
         store = make_run(
             tmp_path / "run", min_replicas=2, **{"end.epochs": NUM_EPOCHS, "optimizer.clip_norm": 0.5, **rules}
         )
-        with local_swarm(tmp_path / "swarm", fork_server=fork_server, env=fork_server.env) as swarm:
+        env = {"TMPDIR": str(fault_root)}
+        with local_swarm(tmp_path / "swarm", fork_server=fork_server, env=env) as swarm:
             publish_run(store, swarm.initial_peers, 15)
             training = TrainingSwarm(swarm, store, tmp_path / "run")
             yield Field(

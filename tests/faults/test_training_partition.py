@@ -71,14 +71,15 @@ class Cable:
 
 
 def test_both_halves_of_a_cut_network_go_on_and_follow_the_longer_history_when_it_heals(
-    tmp_path: Path, fork_server: ForkServer
+    tmp_path: Path, fault_root: Path, fork_server: ForkServer
 ) -> None:
+    env = {"TMPDIR": str(fault_root)}
     store = make_run(tmp_path / "run", min_replicas=2, **{"end.epochs": NUM_EPOCHS, "target_batch": 4})
     with Cable().laid() as cable:
         listen = [f"/ip4/{address}/tcp/0" for address in cable.addresses]
         command = ["ip", "netns", "exec", cable.names[0], sys.executable, "-m", "bootstrap", "--listen", listen[0]]
-        bootstrap = Process([*command, "--identity", str(tmp_path / "id")], tmp_path / "bootstrap.log", fork_server.env)
-        swarm = LocalSwarm(tmp_path, bootstrap, env=fork_server.env, fork_server=fork_server)
+        bootstrap = Process([*command, "--identity", str(tmp_path / "id")], tmp_path / "bootstrap.log", env)
+        swarm = LocalSwarm(tmp_path, bootstrap, env=env, fork_server=fork_server)
         try:
             training = TrainingSwarm(swarm, store, tmp_path / "run")
             halves: list[list[Process]] = []

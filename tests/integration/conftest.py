@@ -22,9 +22,9 @@ def tiny_path(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_swarm(tiny_path, tmp_path_factory):
+def tiny_swarm(tiny_path, fork_server, tmp_path_factory):
     """A tiny llama of 4 blocks on three nodes of unequal size."""
-    with local_swarm(tmp_path_factory.mktemp("tiny-swarm")) as nodes:
+    with local_swarm(tmp_path_factory.mktemp("tiny-swarm"), fork_server=fork_server) as nodes:
         nodes.start_nodes(tiny_path, "0:1", "1:3", "3:4")
         yield nodes
 

@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import swarm as api
 from swarm.client.connect import open_swarm
 from swarm.identity import Identity
 from swarm.span import Span
+from tests.support.fork_server import ForkServer
 from tests.support.models import save_tiny
 from tests.support.probes import START_S, ProgramRuns, node_probe
 from tests.support.processes import LocalSwarm, Process, local_swarm
@@ -39,8 +41,8 @@ def change_a_block(source: Path, target: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
-    with local_swarm(tmp_path_factory.mktemp("bad_input")) as running:
+def swarm(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
+    with local_swarm(tmp_path_factory.mktemp("bad_input"), fork_server=fork_server) as running:
         yield running
 
 
@@ -89,10 +91,15 @@ def closed_port() -> int:
 
 @pytest.fixture(scope="module")
 def runs(
-    swarm: LocalSwarm, folder: Path, nodes: dict[str, Process], silent_port: int, closed_port: int
+    fork_server: ForkServer,
+    swarm: LocalSwarm,
+    folder: Path,
+    nodes: dict[str, Process],
+    silent_port: int,
+    closed_port: int,
 ) -> Iterator[ProgramRuns]:
     """All command lines of this file, under way beside each other."""
-    runs = ProgramRuns()
+    runs = ProgramRuns(fork_server, at_once=8)  # they wait most of their time
     offline = {"HF_ENDPOINT": f"http://127.0.0.1:{closed_port}", "HF_HUB_OFFLINE": "0"}
     here = swarm.bootstrap.address
     at_closed_port = f"/ip4/127.0.0.1/tcp/{closed_port}/p2p/{SOMEBODY}"
@@ -100,10 +107,15 @@ def runs(
     wrong_id = here.rpartition("/")[0] + f"/{SOMEBODY}"
 
     def generate(
-        name: str, model: object, prompt: str = "hello", peers: str = here, timeout_s: float = TIMEOUT_S
+        name: str,
+        model: object,
+        prompt: str = "hello",
+        peers: str = here,
+        timeout_s: float = TIMEOUT_S,
+        **options: Any,
     ) -> None:
         flags = ["--model", str(model), "--initial-peers", peers, "--timeout", str(timeout_s), "--max-new-tokens", "4"]
-        runs.start(name, "swarm", "generate", prompt, *flags, env=offline)
+        runs.start(name, "swarm", "generate", prompt, *flags, **options)
 
     def node(name: str, *flags: str, model: Path = folder / "tiny", peers: str = here) -> None:
         common = ["--model", str(model), "--initial-peers", peers, "--join-timeout", str(TIMEOUT_S)]
@@ -115,7 +127,7 @@ def runs(
     generate("other weights under the name", folder / "others" / "tiny")
     generate("other weights of one block", folder / "changed" / "tiny")
     runs.start("no such folder", "swarm", "cache", "fetch", "/nowhere/at/all")
-    generate("hub out of reach", "nobody/such-model")
+    generate("hub out of reach", "nobody/such-model", env=offline, real_command=True)
     runs.start("nonsense for a model", "swarm", "cache", "fetch", "what is this???")
     generate("prompt longer than the cache", folder / "tiny", "word " * 3000)
     generate("closed port", folder / "tiny", peers=at_closed_port)

@@ -19,6 +19,7 @@ from swarm.errors import BadRequest, RouteBroken, UserError
 from swarm.messages import own_version
 from swarm.p2p.framing import FramedStream
 from swarm.span import Span
+from tests.support.fork_server import ForkServer
 from tests.support.models import VOCAB_SIZE, save_tiny
 from tests.support.probes import NodeProbe, ask, node_probe
 from tests.support.processes import LocalSwarm, Process, local_swarm
@@ -34,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def nodes(folder: Path) -> Iterator[LocalSwarm]:
-    with local_swarm(folder.parent / "swarm") as running:
+def nodes(fork_server: ForkServer, folder: Path) -> Iterator[LocalSwarm]:
+    with local_swarm(folder.parent / "swarm", fork_server=fork_server) as running:
         yield running
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from swarm.p2p.runtime_dir import runtime_root
+from tests.support.fork_server import ForkServer
 from tests.support.models import save_tiny
 from tests.support.probes import run_program
 from tests.support.processes import Process, wait_until
@@ -21,20 +22,21 @@ from tests.support.processes import Process, wait_until
 class Bootstraps:
     """Bootstrap peers whose identities and logs are in one folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, fork_server: ForkServer) -> None:
+        self.folder, self.fork_server = folder, fork_server
         self.started: list[Process] = []
 
-    def start(self, name: str, *flags: str) -> Process:
+    def start(self, name: str, *flags: str, real_command: bool = False) -> Process:
         command = [sys.executable, "-m", "bootstrap", "--identity", str(self.folder / f"{name}.identity"), *flags]
-        process = Process(command, self.folder / f"{name}-{len(self.started)}.log")
+        fork_server = None if real_command else self.fork_server
+        process = Process(command, self.folder / f"{name}-{len(self.started)}.log", fork_server=fork_server)
         self.started.append(process)
         return process
 
 
 @pytest.fixture
-def bootstraps(tmp_path: Path) -> Iterator[Bootstraps]:
-    bootstraps = Bootstraps(tmp_path)
+def bootstraps(tmp_path: Path, fork_server: ForkServer) -> Iterator[Bootstraps]:
+    bootstraps = Bootstraps(tmp_path, fork_server)
     yield bootstraps
     for process in bootstraps.started:
         process.stop()
@@ -60,7 +62,7 @@ def stop_cleanly(process: Process, number: signal.Signals = signal.SIGTERM) -> N
 
 
 def test_a_bootstrap_peer_says_ready_and_leaves_nothing_behind(bootstraps: Bootstraps) -> None:
-    process = bootstraps.start("a")
+    process = bootstraps.start("a", real_command=True)
     ready = process.ready()
     assert ready["pid"] == process.pid
     assert ready["addresses"] and all(a.endswith(f"/p2p/{ready['peer_id']}") for a in ready["addresses"])
@@ -80,7 +82,7 @@ def test_the_peer_id_is_the_same_after_a_restart_and_after_a_kill(bootstraps: Bo
     p2pd = first.p2pd_pids()
     first.send(signal.SIGKILL)
     first.wait(5)
-    second = bootstraps.start("a")
+    second = bootstraps.start("a", real_command=True)
     assert second.peer_id == peer_id
     wait_until(lambda: not any(map(is_alive, p2pd)), 5, "the killed peer's p2pd gone")
     assert directories_of(first.pid) == [], "swept by the second start"
@@ -89,7 +91,7 @@ def test_the_peer_id_is_the_same_after_a_restart_and_after_a_kill(bootstraps: Bo
 
 
 def test_the_printed_command_joins_as_it_is_printed_and_a_second_bootstrap_peer_carries_on_alone(
-    bootstraps: Bootstraps, tmp_path: Path
+    bootstraps: Bootstraps, fork_server: ForkServer, tmp_path: Path
 ) -> None:
     first = bootstraps.start("first")
     second = bootstraps.start("second", "--initial-peers", first.address)
@@ -116,10 +118,11 @@ def test_the_printed_command_joins_as_it_is_printed_and_a_second_bootstrap_peer_
     generate = Process([*command, "--max-new-tokens", "2", "--json"], tmp_path / "generate.log")
     bootstraps.started.append(generate)
     assert generate.wait(60) == 0, generate.log
-    status = run_program("swarm", "status", "--initial-peers", second.address)
+    status = run_program("swarm", "status", "--initial-peers", second.address, fork_server=fork_server)
     assert status.code == 0 and "all blocks served" in status.out, status
     # One address of several that works is enough.
-    both = run_program("swarm", "status", "--initial-peers", f"{first.address},{second.address}", "--timeout", "5")
+    peers = f"{first.address},{second.address}"
+    both = run_program("swarm", "status", "--initial-peers", peers, "--timeout", "5", fork_server=fork_server)
     assert both.code == 0 and "all blocks served" in both.out, both
     assert node.is_running() and os.path.exists(f"/proc/{node.pid}")
     stop_cleanly(node)

@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
+from tests.support.fork_server import ForkServer
 from tests.support.models import save_tiny
 from tests.support.probes import ProgramRuns, run_program
 from tests.support.processes import LocalSwarm, Process, local_swarm
 
 
 @pytest.fixture(scope="module")
-def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
-    with local_swarm(tmp_path_factory.mktemp("cli")) as running:
+def swarm(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
+    with local_swarm(tmp_path_factory.mktemp("cli"), fork_server=fork_server) as running:
         yield running
 
 
@@ -38,8 +39,8 @@ def nodes(swarm: LocalSwarm) -> dict[str, Process]:
 
 
 @pytest.fixture(scope="module")
-def runs(swarm: LocalSwarm, nodes: dict[str, Process]) -> Iterator[ProgramRuns]:
-    runs = ProgramRuns(at_once=2)
+def runs(fork_server: ForkServer, swarm: LocalSwarm, nodes: dict[str, Process]) -> Iterator[ProgramRuns]:
+    runs = ProgramRuns(fork_server, at_once=4)
     peers = ["--initial-peers", swarm.bootstrap.address]
     wide = {"COLUMNS": "250"}
     runs.start("status json", "swarm", "status", *peers, "--json")
@@ -109,11 +110,12 @@ def test_generate_streams_the_text_to_stdout_and_tells_route_and_speed_on_stderr
 
 
 def test_a_node_that_leaves_is_shown_as_leaving_or_not_at_all(
-    swarm: LocalSwarm, nodes: dict[str, Process], runs: ProgramRuns
+    fork_server: ForkServer, swarm: LocalSwarm, nodes: dict[str, Process], runs: ProgramRuns
 ) -> None:
     assert runs["beta"].code == 1  # its run is over
     assert nodes["beta 1:2"].stop() == 0
-    done = run_program("swarm", "status", "--initial-peers", swarm.bootstrap.address, "--model", "beta", "--json")
+    which = ("--initial-peers", swarm.bootstrap.address, "--model", "beta", "--json")
+    done = run_program("swarm", "status", *which, fork_server=fork_server)
     states = [node["state"] for model in json.loads(done.out)["models"] for node in model["nodes"]]
     assert states in ([], ["LEAVING"])
 
@@ -134,8 +136,9 @@ def make_entry(root: Path, name: str, age_days: float = 0.0, size: int = 1000) -
     return folder
 
 
-def cache(root: Path, *arguments: str) -> Any:
-    return run_program("swarm", "cache", *arguments, "--cache-dir", str(root))
+def cache(root: Path, *arguments: str, fork_server: ForkServer | None = None) -> Any:
+    """swarm cache ARGUMENTS, which starts quickly but for `fetch`."""
+    return run_program("swarm", "cache", *arguments, "--cache-dir", str(root), fork_server=fork_server)
 
 
 def test_the_cache_is_listed_the_last_used_first(tmp_path: Path) -> None:
@@ -173,11 +176,10 @@ def test_a_model_in_use_is_not_pruned(tmp_path: Path) -> None:
         found[1].release()
 
 
-def test_fetch_makes_a_model_ready_and_says_what_it_is(tmp_path: Path) -> None:
+def test_fetch_makes_a_model_ready_and_says_what_it_is(fork_server: ForkServer, tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "tiny")
-    done = cache(tmp_path / "cache", "fetch", str(folder))
+    done = cache(tmp_path / "cache", "fetch", str(folder), fork_server=fork_server)
     assert done.code == 0 and done.out == "", done
     assert done.err.startswith("tiny: 4 blocks, ") and done.err.endswith(f", from dir:{folder}\n"), done.err
-    cache(tmp_path / "cache", "fetch", str(tmp_path / "nothing")).assert_refused(
-        "swarm", "does not exist: give a checkpoint folder", within_s=25
-    )
+    missing = cache(tmp_path / "cache", "fetch", str(tmp_path / "nothing"), fork_server=fork_server)
+    missing.assert_refused("swarm", "does not exist: give a checkpoint folder", within_s=25)

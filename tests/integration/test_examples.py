@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.support.processes import ROOT
+from tests.support.fork_server import ROOT
+from tests.support.probes import run_python
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 MAX_LINES = 79
@@ -18,18 +16,10 @@ MAX_LINES = 79
 TIMEOUT_S = 60
 
 
-def run_example(name, *arguments, typed=None):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name), *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        input=typed,
-        stdin=subprocess.DEVNULL if typed is None else None,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+def run_example(fork_server, name, *arguments, typed=""):
+    """fork_server: None for an interpreter of its own."""
+    path = str(ROOT / "examples" / name)
+    return run_python(path, *arguments, typed=typed, timeout_s=TIMEOUT_S, fork_server=fork_server)
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +37,19 @@ def test_an_example_fits_a_screen_or_two(path):
 
 
 def test_generate_streams_a_continuation_and_names_its_route(where):
-    done = run_example("generate.py", "The quick", *where, "--max-new-tokens", "5")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("The quick")
-    summary = done.stdout.splitlines()[-1]
+    done = run_example(None, "generate.py", "The quick", *where, "--max-new-tokens", "5")
+    assert done.code == 0, done.err
+    assert done.out.startswith("The quick")
+    summary = done.out.splitlines()[-1]
     assert "tokens in" in summary and "0:1 at" in summary and "3:4 at" in summary and "hops replaced: 0" in summary
 
 
-def test_chat_answers_every_line_and_keeps_its_caches(where):
-    done = run_example("chat.py", *where, "--max-length", "200", "--max-new-tokens", "4", typed="Hello\nAnd now?\n")
-    assert done.returncode == 0, done.stderr
-    held = [int(line.split()[3]) for line in done.stderr.splitlines() if line.startswith("[the nodes hold")]
+def test_chat_answers_every_line_and_keeps_its_caches(where, fork_server):
+    done = run_example(
+        fork_server, "chat.py", *where, "--max-length", "200", "--max-new-tokens", "4", typed="Hello\nAnd now?\n"
+    )
+    assert done.code == 0, done.err
+    held = [int(line.split()[3]) for line in done.err.splitlines() if line.startswith("[the nodes hold")]
     assert len(held) == 2 and 0 < held[0] < held[1]
 
 
@@ -66,9 +58,10 @@ def last_numbers(lines):
     return [float(line.split()[-1].rstrip("%")) for line in lines]
 
 
-def test_finetune_prompt_lowers_the_loss_and_loads_what_it_saved(where, tmp_path):
+def test_finetune_prompt_lowers_the_loss_and_loads_what_it_saved(where, fork_server, tmp_path):
     output = tmp_path / "prompt"
     done = run_example(
+        fork_server,
         "finetune_prompt.py",
         *where,
         "--steps",
@@ -80,27 +73,29 @@ def test_finetune_prompt_lowers_the_loss_and_loads_what_it_saved(where, tmp_path
         "--output",
         str(output),
     )
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    lines = done.stdout.splitlines()
+    assert done.code == 0 and done.err == "", done.err
+    lines = done.out.splitlines()
     assert [line.split(": loss")[0] for line in lines if ": loss" in line] == ["  step 5", "  step 10"]
     _, before, after, again = last_numbers(line for line in lines if ": loss" not in line)
     assert before > after == again
     assert json.loads((output / "adapter_config.json").read_text())["peft_type"] == "PROMPT_TUNING"
 
 
-def test_classify_trains_a_head_and_saves_it(where, tmp_path):
+def test_classify_trains_a_head_and_saves_it(where, fork_server, tmp_path):
     output = tmp_path / "head"
-    done = run_example("classify.py", *where, "--steps", "200", "--max-tokens", "24", "--output", str(output))
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    done = run_example(
+        fork_server, "classify.py", *where, "--steps", "200", "--max-tokens", "24", "--output", str(output)
+    )
+    assert done.code == 0 and done.err == "", done.err
     # How well a random model can do it depends on which licences there are; that a head learns is test_finetuning.py's.
-    before, after = last_numbers(done.stdout.splitlines()[:2])
+    before, after = last_numbers(done.out.splitlines()[:2])
     assert 0 <= before <= 100 and 0 <= after <= 100
     head = load_file(output / "model.safetensors")["score.weight"]
     assert head.shape == (2, 32) and head.std() > 0.03  # a new one has 0.02
 
 
-def test_an_error_is_one_line_that_says_what_to_do(where):
-    done = run_example("chat.py", *where, "--max-length", "4", typed="a line that does not fit\n")
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+def test_an_error_is_one_line_that_says_what_to_do(where, fork_server):
+    done = run_example(fork_server, "chat.py", *where, "--max-length", "4", typed="a line that does not fit\n")
+    assert done.code == 1
+    (line,) = done.err.splitlines()
     assert line.startswith("error: ") and "max_length" in line

@@ -36,6 +36,7 @@ from swarm.records import (
 from swarm.run_id import SPEC_SUBKEY, run_key, run_member_key
 from swarm.run_spec import certified_run_id, sign_spec
 from swarm.span import Span
+from tests.support.fork_server import ForkServer
 from tests.support.models import NUM_BLOCKS, save_tiny
 from tests.support.probes import ProgramRuns
 from tests.support.processes import LocalSwarm, Process, local_swarm
@@ -49,8 +50,8 @@ ALL = Span(0, NUM_BLOCKS)
 
 
 @pytest.fixture(scope="module")
-def swarm(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with local_swarm(tmp_path_factory.mktemp("forged")) as running:
+def swarm(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with local_swarm(tmp_path_factory.mktemp("forged"), fork_server=fork_server) as running:
         yield running
 
 
@@ -359,7 +360,12 @@ async def test_a_validator_survives_whatever_it_is_given() -> None:
 
 
 async def test_a_client_generates_among_five_thousand_invented_peers_that_claim_to_be_the_fastest(
-    swarm: LocalSwarm, model: Path, nodes: list[Process], client: Directory, real: list[ShardRecord]
+    fork_server: ForkServer,
+    swarm: LocalSwarm,
+    model: Path,
+    nodes: list[Process],
+    client: Directory,
+    real: list[ShardRecord],
 ) -> None:
     invented = await asyncio.to_thread(sybils, real, NUM_FORGED)
     taken = 0
@@ -377,7 +383,7 @@ async def test_a_client_generates_among_five_thousand_invented_peers_that_claim_
     found = await client.find_blocks(real[0].model_digest, ALL)
     print(f"{len(found)} records fetched after {time.monotonic() - started:.2f} s")
     assert len(found) >= NUM_FORGED
-    runs = ProgramRuns()
+    runs = ProgramRuns(fork_server)
     try:
         peers = ["--initial-peers", swarm.bootstrap.address]
         runs.start("g", "swarm", "generate", "hello", *peers, "--model", str(model), "--max-new-tokens", "4", "--json")

@@ -29,13 +29,9 @@ NUM_TOKENS = 20  # more than two windows of the families whose attention slides
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
-    server = ForkServer({})
-    try:
-        with local_swarm(tmp_path_factory.mktemp("swarm"), fork_server=server) as started:
-            yield started
-    finally:
-        server.close()
+def nodes(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
+    with local_swarm(tmp_path_factory.mktemp("swarm"), fork_server=fork_server) as started:
+        yield started
 
 
 def distance(actual: Tensor | None, expected: Tensor | None) -> float:

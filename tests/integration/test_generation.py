@@ -175,9 +175,9 @@ def test_a_session_keeps_its_caches_over_turns_and_sends_only_what_is_new(tiny):
         remote(conversation[:, -1:], past_key_values=session)
 
 
-def test_a_long_prompt_is_sent_in_pieces(tmp_path):
+def test_a_long_prompt_is_sent_in_pieces(fork_server, tmp_path):
     path = save_tiny("llama", tmp_path / "long", max_position_embeddings=4096)
-    with local_swarm(tmp_path / "swarm") as nodes:
+    with local_swarm(tmp_path / "swarm", fork_server=fork_server) as nodes:
         nodes.start_nodes(path, "0:2", "2:4")
         with swarm.connect(initial_peers=nodes.initial_peers, model=str(path)) as connected:
             local = AutoModelForCausalLM.from_pretrained(path).eval()
@@ -192,12 +192,12 @@ def test_a_long_prompt_is_sent_in_pieces(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def families(tmp_path_factory):
+def families(fork_server, tmp_path_factory):
     """Models of four families on one DHT, on two nodes each; gpt2 also whole on a third one."""
     folder = tmp_path_factory.mktemp("families")
     paths = {family: save_tiny(family, folder / family) for family in ("gpt2", "bloom", "gemma2", "mixtral")}
     paths["gpt2 on one node"] = save_tiny("gpt2", folder / "gpt2-whole", seed=1)
-    with local_swarm(folder / "swarm") as nodes:
+    with local_swarm(folder / "swarm", fork_server=fork_server) as nodes:
         started = [
             nodes.start_node(path, span)
             for name, path in paths.items()
@@ -217,9 +217,9 @@ def test_other_families_and_other_numbers_of_nodes_on_one_dht(families, name):
         assert_same(tiny, PROMPTS[0], num_beams=2, max_new_tokens=10)
 
 
-def test_the_real_model_answers_as_it_does_locally(tmp_path):
+def test_the_real_model_answers_as_it_does_locally(fork_server, tmp_path):
     """SmolLM2-135M over 1, 2 and 3 hops, with real prompts; identical to local generation in fp32."""
-    with open_smollm2() as checkpoint, local_swarm(tmp_path / "swarm") as nodes:
+    with open_smollm2() as checkpoint, local_swarm(tmp_path / "swarm", fork_server=fork_server) as nodes:
         name = str(checkpoint.folder)
         nodes.start_nodes(name, "0:10", "10:20", "20:30")
         local = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()

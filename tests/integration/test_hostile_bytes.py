@@ -25,6 +25,7 @@ from swarm.errors import BadRequest, PeerFailed
 from swarm.messages import MAX_HEADER_BYTES, PROTOCOL_MAJOR, encode_message
 from swarm.p2p.framing import MAX_FRAME_BYTES, FrameKind
 from swarm.span import Span
+from tests.support.fork_server import ForkServer
 from tests.support.models import NUM_BLOCKS, save_tiny
 from tests.support.probes import NodeProbe, ask, ask_raw, node_probe, rss_bytes, step_request
 from tests.support.processes import LocalSwarm, Process, local_swarm
@@ -55,8 +56,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path) -> Any:
-    with local_swarm(folder.parent / "swarm") as running:
+def swarm(fork_server: ForkServer, folder: Path) -> Any:
+    with local_swarm(folder.parent / "swarm", fork_server=fork_server) as running:
         yield running
 
 

@@ -280,9 +280,12 @@ def test_what_the_hub_refuses_is_said_in_one_line(client: Client) -> None:
 
 
 def test_the_users_token_opens_a_gated_model(hub: Hub, tmp_path: Path) -> None:
-    for token, opens in ((GOOD_TOKEN, True), ("hf_other", False)):
-        client = Client(tmp_path / token, HF_ENDPOINT=hub.url, HF_TOKEN=token)
-        with contextlib.closing(client):
+    with contextlib.ExitStack() as stack:  # beside each other: most of it is their start
+        clients = [
+            stack.enter_context(contextlib.closing(Client(tmp_path / token, HF_ENDPOINT=hub.url, HF_TOKEN=token)))
+            for token in (GOOD_TOKEN, "hf_other")
+        ]
+        for client, opens in zip(clients, (True, False), strict=True):
             reply = client.ask("acme/gated", load=[[0, 1]])
             assert ("keys" in reply) is opens
             assert ("is gated" in reply.get("error", "")) is not opens
@@ -313,9 +316,15 @@ def silent_port() -> Iterator[int]:
 def test_an_unreachable_hub_costs_bounded_time(silent_port: int, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         closed_port = closed.getsockname()[1]
-    for port, limit_s in ((closed_port, 3.0), (silent_port, 10.0)):
-        client = Client(tmp_path / str(port), HF_ENDPOINT=f"http://127.0.0.1:{port}", PIP_NO_INDEX="1")
-        with contextlib.closing(client):
+    with contextlib.ExitStack() as stack:
+        clients = {
+            port: Client(tmp_path / str(port), HF_ENDPOINT=f"http://127.0.0.1:{port}", PIP_NO_INDEX="1")
+            for port in (closed_port, silent_port)
+        }
+        for client in clients.values():
+            stack.enter_context(contextlib.closing(client))
+        for port, limit_s in ((closed_port, 3.0), (silent_port, 10.0)):
+            client = clients[port]
             reply = client.ask("acme/tiny")
             assert f"cannot reach the hub http://127.0.0.1:{port} for acme/tiny" in reply["error"]
             assert reply["seconds"] < limit_s

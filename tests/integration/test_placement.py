@@ -19,8 +19,8 @@ def greedy(model, num_tokens=8):
     return model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=num_tokens, do_sample=False)
 
 
-def test_nodes_without_blocks_fill_the_gaps_even_when_they_start_together(tiny_path, tmp_path):
-    with local_swarm(tmp_path / "swarm") as nodes:
+def test_nodes_without_blocks_fill_the_gaps_even_when_they_start_together(tiny_path, fork_server, tmp_path):
+    with local_swarm(tmp_path / "swarm", fork_server=fork_server) as nodes:
         started = [nodes.start_node(tiny_path, None, "--num-blocks", "2") for _ in range(2)]
         assert sorted(node.ready()["span"] for node in started) == ["0:2", "2:4"]
         # As much as fits the memory: all of it.
@@ -40,13 +40,13 @@ def start_other_version(nodes, path, blocks, major, minor):
         str(path),
     ]
     command += ["--blocks", blocks, "--initial-peers", nodes.bootstrap.address, "--threads", "1"]
-    process = Process(command, nodes.folder / f"version{major}.{minor}.log")
+    process = Process(command, nodes.folder / f"version{major}.{minor}.log", fork_server=nodes.fork_server)
     nodes.processes.append(process)
     return process
 
 
-def test_versions_meet_or_refuse_clearly(tiny_path, tmp_path):
-    with local_swarm(tmp_path / "swarm") as nodes:
+def test_versions_meet_or_refuse_clearly(tiny_path, fork_server, tmp_path):
+    with local_swarm(tmp_path / "swarm", fork_server=fork_server) as nodes:
         newer = start_other_version(nodes, tiny_path, "0:2", 1, 7)
         foreign = start_other_version(nodes, tiny_path, "2:4", 2, 0)
         newer.ready(), foreign.ready()
@@ -63,8 +63,8 @@ def test_versions_meet_or_refuse_clearly(tiny_path, tmp_path):
             assert [hop.record.protocol_minor for hop in route] == [7, PROTOCOL_MINOR]
 
 
-def test_a_session_leaves_its_numeric_class_only_when_nobody_of_it_is_left(tiny_path, tmp_path):
-    with local_swarm(tmp_path / "swarm") as nodes:
+def test_a_session_leaves_its_numeric_class_only_when_nobody_of_it_is_left(tiny_path, fork_server, tmp_path):
+    with local_swarm(tmp_path / "swarm", fork_server=fork_server) as nodes:
         victim = nodes.start_node(tiny_path, "0:4", fault={"action": "SIGKILL", "at_step": 4})
         other = nodes.start_node(tiny_path, "0:4", "--precision", "bf16")
         victim.ready(), other.ready()

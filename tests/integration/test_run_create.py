@@ -21,6 +21,7 @@ from swarm.run_store import RunStore
 from swarm.span import Span
 from swarm.training.initial import RandomCheckpoint
 from swarm.training.manifest import Manifest
+from tests.support.fork_server import ForkServer
 from tests.support.models import TINY, save_tiny, tiny_tokenizer
 from tests.support.probes import Finished, run_program
 from tests.support.processes import LocalSwarm, local_swarm
@@ -43,8 +44,8 @@ NOBODYS = "ab" * 32
 
 
 @pytest.fixture(scope="module")
-def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
-    with local_swarm(tmp_path_factory.mktemp("runs")) as running:
+def swarm(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
+    with local_swarm(tmp_path_factory.mktemp("runs"), fork_server=fork_server) as running:
         yield running
 
 
@@ -64,12 +65,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def created(swarm: LocalSwarm, folder: Path) -> Finished:
+def created(fork_server: ForkServer, swarm: LocalSwarm, folder: Path) -> Finished:
     peers = ["--initial-peers", swarm.bootstrap.address]
     identity = str(folder / "owner.identity")
     return run_program(
         "swarm", "run", "create", str(folder / "run.toml"), *peers, "--identity", identity,
-        "--cache-dir", str(folder / "cache"),
+        "--cache-dir", str(folder / "cache"), fork_server=fork_server,
     )  # fmt: skip
 
 
@@ -122,11 +123,12 @@ def test_the_digests_are_those_of_the_weights_in_fp32(store: RunStore) -> None:
 
 
 def test_somebody_elsewhere_gets_the_same_rules_from_the_swarm_and_keeps_them(
-    swarm: LocalSwarm, folder: Path, run_id: str, store: RunStore
+    fork_server: ForkServer, swarm: LocalSwarm, folder: Path, run_id: str, store: RunStore
 ) -> None:
     elsewhere = folder / "elsewhere"
     peers = ["--initial-peers", swarm.bootstrap.address]
-    done = run_program("swarm", "run", "show", run_id, *peers, "--cache-dir", str(elsewhere), "--json")
+    show = ("run", "show", run_id, *peers, "--cache-dir", str(elsewhere), "--json")
+    done = run_program("swarm", *show, fork_server=fork_server)
     assert done.code == 0 and done.err == "", done
     shown = json.loads(done.out)
     assert shown["run_id"] == run_id and shown["owner"] == store.owner

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from swarm.cli import cli
 from swarm.client.runs import publish_run
 from tests.integration.test_examples import run_example
+from tests.support.fork_server import ForkServer
 from tests.support.probes import Finished
 from tests.support.processes import local_swarm, wait_until
 from tests.support.training_swarm import TrainingSwarm, make_run
@@ -21,11 +22,11 @@ NUM_EPOCHS = 4
 
 
 @pytest.fixture(scope="module")
-def training(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingSwarm]:
+def training(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingSwarm]:
     """A run of which only the rules are there."""
     folder = tmp_path_factory.mktemp("status")
     store = make_run(folder / "run", **{"end.epochs": NUM_EPOCHS})
-    with local_swarm(folder / "swarm") as swarm:
+    with local_swarm(folder / "swarm", fork_server=fork_server) as swarm:
         publish_run(store, swarm.initial_peers, 15)
         yield TrainingSwarm(swarm, store, folder / "run")
 
@@ -84,14 +85,14 @@ def test_a_stage_without_a_replica_is_seen_and_gone_when_the_command_was_followe
 
 
 def test_an_example_trains_the_run_to_its_end_and_status_says_so(
-    training: TrainingSwarm, status: Callable[..., Finished]
+    training: TrainingSwarm, status: Callable[..., Finished], fork_server: ForkServer
 ) -> None:
     done = run_example(
-        "train_from_python.py", training.run_id, "--initial-peers", training.swarm.bootstrap.address,
+        fork_server, "train_from_python.py", training.run_id, "--initial-peers", training.swarm.bootstrap.address,
         "--data", str(training.folder / "data"), "--cache-dir", str(training.folder / "cache"), "--threads", "1",
     )  # fmt: skip
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    rules, *epochs, counted = done.stdout.splitlines()
+    assert done.code == 0 and done.err == "", done.err
+    rules, *epochs, counted = done.out.splitlines()
     assert rules == f"run: 2 stages, {NUM_EPOCHS} epochs, 8 samples each"
     assert [line.split(": loss")[0] for line in epochs] == [f"epoch {number}" for number in range(NUM_EPOCHS)]
     assert all(line.endswith(" 3 members") for line in epochs)

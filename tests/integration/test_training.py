@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from swarm.client.runs import publish_run
 from tests.support.fork_server import ForkServer
@@ -17,17 +15,7 @@ from tests.support.processes import Process, local_swarm, wait_until
 from tests.support.training_swarm import TrainingSwarm, largest_error, make_run, weights_of_run
 
 
-@pytest.fixture(scope="module")
-def fork_server() -> Iterator[ForkServer]:
-    torch.set_num_threads(1)
-    server = ForkServer({})
-    yield server
-    server.close()
-
-
-def train(
-    folder: Path, fork_server: ForkServer | None, **rules: Any
-) -> tuple[TrainingSwarm, list[Process], list[Process]]:
+def train(folder: Path, fork_server: ForkServer, **rules: Any) -> tuple[TrainingSwarm, list[Process], list[Process]]:
     """Run a swarm of 2 x 2 nodes and 2 trainers to the end of the run. (swarm, nodes, trainers), all stopped."""
     store = make_run(folder / "run", **{"min_replicas": 2, **rules})
     with local_swarm(folder / "swarm", fork_server=fork_server) as swarm:

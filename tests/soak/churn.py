@@ -117,7 +117,7 @@ def main() -> int:
             finals.append(statistics.mean(train_in_one_process(spec, source).losses[-3:]))
         mean, deviation = statistics.mean(finals), statistics.stdev(finals)
         print(f"undisturbed, {NUM_SEEDS} seeds: final loss {mean:.4f} +- {deviation:.4f}", flush=True)
-        server = ForkServer({})
+        server = ForkServer()
         try:
             with local_swarm(Path(folder) / "swarm", fork_server=server) as swarm:
                 publish_run(store, swarm.initial_peers, 15)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -137,7 +136,7 @@ def generate_for_ever(
 
 @contextlib.contextmanager
 def forking_swarm(folder: Path) -> Iterator[LocalSwarm]:
-    server = ForkServer({"TMPDIR": os.environ.get("TMPDIR", tempfile.gettempdir())})
+    server = ForkServer()
     try:
         with local_swarm(folder / "swarm", fork_server=server) as nodes:
             yield nodes

@@ -1,87 +1,152 @@
-"""A process that has imported everything and forks into nodes and bootstrap peers: their imports are most of their start.
+"""A process that has imported everything and forks into our programs: their imports are most of their start.
 
 What comes out is a process of its own, with its own p2pd, that runs the same command line to the same end; only its
 interpreter was not started anew. Tests of the start itself use the real command line.
-    python -m tests.support.fork_server DESCRIPTOR     serves requests on an inherited socket
+    python -m tests.support.fork_server DESCRIPTOR MODULE...     imports the modules and serves requests on an inherited socket
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = (
     "bootstrap.runtime",
     "node.runtime",
-    "tests.support.faulty_node",
-    "tests.support.training_member",
     "node.training.runtime",
+    "swarm.cli",
+    "swarm.client.blocking",
+    "swarm.client.terminal_chat",
     "swarm.client.training_run",
+    "swarm.run_creation",
+    "psutil",
     "pyarrow",
+    "pyarrow.parquet",
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.generation",
 )
+# What the modules read when they are imported: a fork cannot have it otherwise than its server.
+READ_BY_IMPORTS = ("HF_", "HIVEMIND_", "HOME", "OMP_", "PYTHON", "TRANSFORMERS_", "XDG_")
+
+
+def environment(changes: dict[str, str] | None = None) -> dict[str, str]:
+    """Of every process that the tests start, by whichever way."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", **(changes or {})}
 
 
 class ForkServer:
-    """The side of the tests. fork() may be called by one thread at a time."""
+    """The side of the tests."""
 
-    def __init__(self, env: dict[str, str]) -> None:
-        self.env = env
+    def __init__(self, modules: Sequence[str] = MODULES) -> None:
+        # What our programs set before they import torch.
+        self._env = {**environment(), "OMP_WAIT_POLICY": "PASSIVE"}
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.fork_server", str(theirs.fileno())],
+                [sys.executable, "-m", "tests.support.fork_server", str(theirs.fileno()), *modules],
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **env},
+                env=self._env,
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
                 pass_fds=[theirs.fileno()],
             )
         self._exits: dict[int, int] = {}
         self._forked: list[int] = []
+        self._is_open = True
+        self._asking = threading.Lock()
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
-    def fork(self, module: str, arguments: Sequence[str], env: dict[str, str], log: IO[bytes]) -> ForkedProcess:
-        """Run a module's main() with these arguments in a fork; its stderr goes to log."""
-        reading, writing = os.pipe()
-        with self._changed:
-            number = len(self._forked)
-        request = json.dumps({"module": module, "arguments": list(arguments), "env": env}) + "\n"
-        socket.send_fds(self._socket, [request.encode()], [writing, log.fileno()])
-        os.close(writing)
-        with self._changed:
-            if not self._changed.wait_for(lambda: len(self._forked) > number, timeout=60):
-                raise AssertionError("the fork server did not fork within 60 s")
-            pid = self._forked[number]
-        return ForkedProcess(self, pid, os.fdopen(reading, "rb"))
+    def fork(
+        self,
+        command: Sequence[str],
+        env: dict[str, str],
+        *,
+        stdout: IO[bytes] | int,
+        stderr: IO[bytes] | int,
+        stdin: IO[bytes] | int = subprocess.DEVNULL,
+        text: bool = False,
+    ) -> ForkedProcess:
+        """Run [python, "-m", module, arguments...] or [python, file, arguments...] in a fork; else as subprocess.Popen.
 
-    def exit_code(self, pid: int, timeout_s: float) -> int | None:
+        env: all of its environment. Raises ValueError where it differs in what the imports have read already.
+        """
+        env = {**env, "OMP_WAIT_POLICY": "PASSIVE"}
+        differing = {name for name, _ in env.items() ^ self._env.items() if name.startswith(READ_BY_IMPORTS)}
+        if differing:
+            raise ValueError(
+                f"a fork cannot have another {', '.join(sorted(differing))} than its server: start it anew"
+            )
+        with contextlib.ExitStack() as stack:
+            pipes: list[IO[Any] | None] = []
+            descriptors = []
+            for stream, mode in ((stdin, "w"), (stdout, "r"), (stderr, "r")):
+                pipe = None
+                if stream == subprocess.PIPE:
+                    reading, writing = os.pipe()
+                    ours, descriptor = (writing, reading) if mode == "w" else (reading, writing)
+                    pipe = os.fdopen(ours, mode if text else mode + "b")
+                    stack.callback(os.close, descriptor)
+                elif stream == subprocess.DEVNULL:
+                    descriptor = os.open(os.devnull, os.O_RDWR)
+                    stack.callback(os.close, descriptor)
+                else:
+                    descriptor = stream if isinstance(stream, int) else stream.fileno()
+                pipes.append(pipe)
+                descriptors.append(descriptor)
+            request = json.dumps({"command": list(command[1:]), "env": env}) + "\n"
+            return ForkedProcess(self, self._ask(request.encode(), descriptors), command, pipes)
+
+    def _ask(self, request: bytes, descriptors: Sequence[int]) -> int:
+        """The pid of a new fork."""
+        with self._asking:
+            number = len(self._forked)
+            socket.send_fds(self._socket, [request], descriptors)
+            with self._changed:
+                done = self._changed.wait_for(lambda: len(self._forked) > number or not self._is_open, timeout=90)
+            if not done or len(self._forked) == number:
+                self._errors.seek(0)
+                raise AssertionError(f"the fork server did not fork:\n{self._errors.read().decode(errors='replace')}")
+            return self._forked[number]
+
+    def exit_code(self, pid: int, timeout_s: float | None) -> int | None:
         """None if the process is still running after timeout_s."""
         with self._changed:
-            self._changed.wait_for(lambda: pid in self._exits, timeout=timeout_s)
+            self._changed.wait_for(lambda: pid in self._exits or not self._is_open, timeout=timeout_s)
             return self._exits.get(pid)
+
+    def running(self) -> list[int]:
+        """Pids of the forks that have not ended."""
+        with self._changed:
+            return [pid for pid in self._forked if pid not in self._exits]
 
     def close(self) -> None:
         self._socket.shutdown(socket.SHUT_WR)
-        self._popen.wait(10)
+        self._popen.wait(20)
         self._reader.join(5)
         self._socket.close()
+        self._errors.close()
 
     def _read(self) -> None:
         with self._socket.makefile("r") as lines:
@@ -91,16 +156,21 @@ class ForkServer:
                     if "code" in event:
                         self._exits[event["pid"]] = event["code"]
                     else:
+                        self._exits.pop(event["pid"], None)  # a pid that comes again
                         self._forked.append(event["pid"])
                     self._changed.notify_all()
+        with self._changed:
+            self._is_open = False
+            self._changed.notify_all()
 
 
 class ForkedProcess:
     """As far as tests need it, a subprocess.Popen."""
 
-    def __init__(self, server: ForkServer, pid: int, stdout: IO[bytes]) -> None:
-        self._server = server
-        self.pid, self.stdout = pid, stdout
+    def __init__(self, server: ForkServer, pid: int, command: Sequence[str], pipes: Sequence[IO[Any] | None]) -> None:
+        self._server, self._command = server, command
+        self.pid = pid
+        self.stdin, self.stdout, self.stderr = pipes
 
     @property
     def returncode(self) -> int | None:
@@ -110,9 +180,9 @@ class ForkedProcess:
         return self._server.exit_code(self.pid, 0)
 
     def wait(self, timeout: float | None = None) -> int:
-        code = self._server.exit_code(self.pid, 600 if timeout is None else timeout)
+        code = self._server.exit_code(self.pid, timeout)
         if code is None:
-            raise subprocess.TimeoutExpired(f"fork {self.pid}", timeout or 600)
+            raise subprocess.TimeoutExpired(list(self._command), timeout or 0)
         return code
 
     def send_signal(self, number: int) -> None:
@@ -142,7 +212,7 @@ def serve(requests: socket.socket) -> dict[str, Any] | None:
             _report_exits(requests)
         if requests not in readable:
             continue
-        message, descriptors, _, _ = socket.recv_fds(requests, 65536, 2)
+        message, descriptors, _, _ = socket.recv_fds(requests, 65536, 3)
         while message and not message.endswith(b"\n"):
             message += requests.recv(65536)
         if not message:
@@ -150,10 +220,10 @@ def serve(requests: socket.socket) -> dict[str, Any] | None:
         pid = os.fork()
         if pid == 0:
             signal.set_wakeup_fd(-1)
-            for number in (signal.SIGCHLD, signal.SIGINT):
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            os.dup2(descriptors[0], 1)
-            os.dup2(descriptors[1], 2)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number, descriptor in enumerate(descriptors):
+                os.dup2(descriptor, number)
             for descriptor in (*descriptors, woken, wake):
                 os.close(descriptor)
             requests.close()
@@ -174,15 +244,49 @@ def _report_exits(requests: socket.socket) -> None:
             requests.sendall(json.dumps(event).encode() + b"\n")
 
 
-def main() -> None:
-    for module in MODULES:
-        importlib.import_module(module)
-    request = serve(socket.socket(fileno=int(sys.argv[1])))
-    if request is None:
-        return
+def _become(request: dict[str, Any]) -> None:
+    """Be the interpreter that was asked for, and run its program."""
+    os.environ.clear()
     os.environ.update(request["env"])
-    sys.argv = [request["module"], *request["arguments"]]
-    importlib.import_module(request["module"]).main()
+    tempfile.tempdir = None  # of the server's TMPDIR
+    if "numpy" in sys.modules:  # the others' generators reseed themselves in a fork, or begin the same in each process
+        sys.modules["numpy"].random.seed()
+    program, *arguments = request["command"]
+    if program == "-m":
+        sys.argv = arguments
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [program, *arguments]
+        sys.path[0] = str(Path(program).parent)
+        runpy.run_path(program, run_name="__main__")
+
+
+def _end(code: str | int | None) -> NoReturn:
+    """What the interpreter does at its end, but for taking apart all modules: that copies each page shared with the server (0.4 s)."""
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(code or 0)
+
+
+def main() -> None:
+    descriptor, *modules = sys.argv[1:]
+    for module in modules:
+        importlib.import_module(module)
+    assert threading.active_count() == 1, f"a fork has one thread, its server has {threading.enumerate()}"
+    gc.freeze()  # so that a collection in a fork does not copy the pages of what it shares
+    request = serve(socket.socket(fileno=int(descriptor)))
+    if request is not None:
+        try:
+            _become(request)
+        except SystemExit as end:
+            _end(end.code)
+        _end(None)
 
 
 if __name__ == "__main__":

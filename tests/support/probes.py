@@ -7,6 +7,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,8 @@ from swarm.messages import NODE_PROTOCOL, decode_message, encode_message, own_ve
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host, HostConfig, running_host
 from swarm.span import Span
-from tests.support.processes import ROOT, Process
+from tests.support.fork_server import ROOT, ForkServer, environment
+from tests.support.processes import Process
 
 ANSWER_TIMEOUT_S = 10.0
 # A program that imports torch, transformers and hivemind while others do the same needs this long before it does anything.
@@ -61,31 +63,64 @@ class Finished:
         assert self.seconds <= within_s, f"took {self.seconds:.1f} s, at most {within_s} s are allowed: {self.err}"
 
 
-def run_program(module: str, *arguments: str, env: dict[str, str] | None = None, timeout_s: float = 90) -> Finished:
+def run_program(
+    module: str,
+    *arguments: str,
+    env: dict[str, str] | None = None,
+    timeout_s: float = 90,
+    fork_server: ForkServer | None = None,
+) -> Finished:
     """Run python -m module to its end."""
+    return run_python("-m", module, *arguments, env=env, timeout_s=timeout_s, fork_server=fork_server)
+
+
+def run_python(
+    *arguments: str,
+    typed: str = "",
+    env: dict[str, str] | None = None,
+    timeout_s: float = 90,
+    fork_server: ForkServer | None = None,
+) -> Finished:
+    """Run python with these arguments to its end, with `typed` on its stdin."""
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=timeout_s,
-        check=False,
-    )
-    return Finished(done.returncode, done.stdout, done.stderr, time.monotonic() - started)
+    command = [sys.executable, *arguments]
+    with contextlib.ExitStack() as stack:
+        stdin, out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3))
+        stdin.write(typed)
+        stdin.seek(0)
+        process: Any
+        if fork_server is None:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment(env), stdin=stdin, stdout=out, stderr=err, text=True
+            )
+        else:
+            process = fork_server.fork(command, environment(env), stdin=stdin, stdout=out, stderr=err)
+        try:
+            code = process.wait(timeout_s)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        seconds = time.monotonic() - started
+        for stream in (out, err):
+            stream.seek(0)
+        return Finished(code, out.read(), err.read(), seconds)
 
 
 class ProgramRuns:
     """Command lines that run beside each other, a few at a time, while the tests that ask for them come one after another."""
 
-    def __init__(self, at_once: int = 2) -> None:
+    def __init__(self, fork_server: ForkServer, at_once: int = 2) -> None:
+        self._fork_server = fork_server
         self._pool = ThreadPoolExecutor(at_once)
         self._runs: dict[str, Future[Finished]] = {}
 
-    def start(self, name: str, module: str, *arguments: str, env: dict[str, str] | None = None) -> None:
-        self._runs[name] = self._pool.submit(run_program, module, *arguments, env=env)
+    def start(
+        self, name: str, module: str, *arguments: str, env: dict[str, str] | None = None, real_command: bool = False
+    ) -> None:
+        """real_command: an interpreter of its own, for a changed environment that is read by imports."""
+        fork_server = None if real_command else self._fork_server
+        self._runs[name] = self._pool.submit(run_program, module, *arguments, env=env, fork_server=fork_server)
 
     def __getitem__(self, name: str) -> Finished:
         return self._runs[name].result()

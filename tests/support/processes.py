@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,16 +17,15 @@ from typing import Any
 
 import psutil
 
-from tests.support.fork_server import ForkServer
+from tests.support.fork_server import ROOT, ForkServer, environment
 
 READY_TIMEOUT_S = 90
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Process:
     """One of our programs. Its stdout is read for the READY line, its stderr goes to a log file.
 
-    With a fork server the command must be [python, "-m", module, arguments...], and the module must have a main().
+    With a fork server the command must be [python, "-m", module, arguments...].
     """
 
     def __init__(
@@ -41,12 +39,12 @@ class Process:
         self._log = log_path.open("wb")
         self._popen: Any
         if fork_server is not None:
-            self._popen = fork_server.fork(command[2], command[3:], env or {}, self._log)
+            self._popen = fork_server.fork(command, environment(env), stdout=subprocess.PIPE, stderr=self._log)
         else:
             self._popen = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+                env=environment(env),
                 stdout=subprocess.PIPE,
                 stderr=self._log,
                 stdin=subprocess.DEVNULL,
@@ -130,7 +128,7 @@ class LocalSwarm:
     processes: list[Process] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
     fork_server: ForkServer | None = None
-    """Given: nodes are forked from it, which is quick, and faults can be planted in any of them."""
+    """Given: bootstrap peers and nodes are forked from it, which is quick."""
 
     @property
     def initial_peers(self) -> list[str]:
@@ -155,9 +153,7 @@ class LocalSwarm:
         """
         name = f"node{len(self.processes)}"
         fork_server = None if real_command else self.fork_server
-        module = (
-            "node" if fault is None and s_per_block is None and fork_server is None else "tests.support.faulty_node"
-        )
+        module = "node" if fault is None and s_per_block is None else "tests.support.faulty_node"
         environment = {
             **self.env,
             "FAULT_FILE": str(self.folder / f"{name}.fault"),
@@ -192,7 +188,10 @@ class LocalSwarm:
         return process
 
     def plant(self, node: Process, action: str | None, at_step: int = 1, **details: Any) -> int:
-        """Plant a fault in a running node, which forgets its last one: it fires on the at_step-th step from now. Its id."""
+        """Plant a fault in a running node, which forgets its last one: it fires on the at_step-th step from now. Its id.
+
+        The node must have been started with a fault, or with s_per_block.
+        """
         return _write_fault(node.log_path.with_suffix(".fault"), {"action": action, "at_step": at_step, **details})
 
     def trace_of(self, node: Process) -> list[dict[str, Any]]:
@@ -214,8 +213,7 @@ def _write_fault(path: Path, fault: dict[str, Any]) -> int:
 def _start_bootstrap(
     folder: Path, name: str, log_path: Path, env: dict[str, str], fork_server: ForkServer | None, *flags: str
 ) -> Process:
-    module = "bootstrap" if fork_server is None else "bootstrap.cli"
-    command = [sys.executable, "-m", module, "--identity", str(folder / f"{name}.identity"), *flags]
+    command = [sys.executable, "-m", "bootstrap", "--identity", str(folder / f"{name}.identity"), *flags]
     return Process(command, log_path, env, fork_server)
 
 

@@ -1,11 +1,13 @@
 """A real node or trainer of a run that writes down what it does, and in which a fault may be planted.
 
     python -m tests.support.training_member node|trainer ARGUMENTS of swarm-node / swarm
+MEMBERSHIP (JSON) changes fields of MembershipConfig.
 TRACE (a file) gets a line of JSON for every step: epoch, lineage, digest of the weights, units in the ledger, size of the group.
 DUMP (a file, *.pt) gets the weights by name at the end of the run. FAULT (JSON) is {"on": event, "at": n, "action": ...}; events are
     send:Commit, receive:Prepare ...    a letter of that kind, before it leaves (or is taken in)
     sent:Commit                         after it has left
     hop:1                               a trainer's backward at stage 1 is done
+    stepped                             a step was taken, and written down
     added                               a gradient went into a node's ledger
 and actions SIGKILL, SIGSTOP. It fires once, at the n-th such event or later, in the first member that creates the file "token";
 it is written to TRACE first, and synced. With "from_epoch" earlier events do not count.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import dataclasses
 import json
 import os
 import signal
@@ -28,6 +31,7 @@ from swarm.client import stage_hop
 from swarm.epoch.ledger import Added, Ledger
 from swarm.epoch.messages import Commit
 from swarm.training import links, membership
+from swarm.training.member_config import MembershipConfig
 
 fault: dict[str, Any] = {}
 counts: Counter[str] = Counter()
@@ -80,6 +84,11 @@ class TracedLinks(links.Links):
 
 
 class TracedMembership(membership.Membership):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        changes = json.loads(os.environ.get("MEMBERSHIP", "{}"))
+        options["config"] = dataclasses.replace(options.get("config") or MembershipConfig(), **changes)
+        super().__init__(*arguments, **options)
+
     def _on_message(self, peer: str, message: Any) -> None:
         happens(f"receive:{type(message).__name__}")
         super()._on_message(peer, message)
@@ -114,7 +123,9 @@ class TracedMembership(membership.Membership):
             norm=commit.norm,
             bytes=self.counters.bytes_averaged,
             size=self.parameters.size,
+            era=commit.era,
         )
+        happens("stepped")
 
 
 class TracedLedger(Ledger):
