@@ -58,6 +58,8 @@ class NodeConfig:
     record_lifetime_s: float = 60.0
     """How long others believe in us after our last word; renewed every third of it."""
     cache_dir: Path | None = None
+    serves_sessions: bool = True
+    """Whether a node that trains also serves sessions, with copies of its stage's weights."""
 
     def __post_init__(self) -> None:
         if bool(self.model) == (self.run_id is not None):

@@ -52,15 +52,28 @@ class NodeService:
         self.sessions = sessions
         self.microbatches = microbatches
         self.num_steps = 0
+        self._farewell = "this session ended when a step failed; open another"
 
-    async def handle(self, stream: FramedStream) -> None:
-        """Serve one stream until the peer ends it, it breaks, its session expires or the peer sends too much nonsense."""
+    def dismiss(self, reason: str) -> None:
+        """End all sessions, and admit no others."""
+        self._farewell = reason
+        self.sessions.leaving = self.microbatches.leaving = True
+        for session in list(self.sessions.sessions.values()):
+            self.sessions.close(session)
+
+    async def handle(self, stream: FramedStream, first: bytes | None = None) -> None:
+        """Serve one stream until the peer ends it, it breaks, its session expires or the peer sends too much nonsense.
+
+        first: a message that was received already.
+        """
         session: Session | None = None
         hop: Span | None = None  # of a stream of microbatches
         refusals = 0
         try:
             while refusals < MAX_REFUSALS_PER_STREAM:
-                message = await self._next_message(stream, session, is_open=hop is not None)
+                message, first = first, None
+                if message is None:
+                    message = await self._next_message(stream, session, is_open=hop is not None)
                 if message is None:
                     return
                 try:
@@ -195,7 +208,7 @@ class NodeService:
         if request.session_id != session.session_id:
             raise Refused(node_pb2.THE_SESSION_IS_UNKNOWN, "the step is for another session than the stream")
         if not self.sessions.is_open(session):
-            raise Refused(node_pb2.THE_SESSION_IS_UNKNOWN, "this session ended when a step failed; open another")
+            raise Refused(node_pb2.THE_SESSION_IS_UNKNOWN, self._farewell)
         if session.answered == (request.session_version, request.position):
             return session.kept_reply
         submitted = time.monotonic()

@@ -10,6 +10,7 @@ from node.backend.span_model import SpanModel
 from swarm.checkpoint import Checkpoint
 from swarm.errors import UserError
 from swarm.span import Span
+from swarm.training.run_model import RunModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -35,7 +36,7 @@ class Shard:
         return self.block_digests[hop.start - self.span.start : hop.end - self.span.start]
 
 
-def load_shard(checkpoint: Checkpoint, span: Span, *, precision: str, device: str) -> Shard:
+def load_shard(checkpoint: Checkpoint | RunModel, span: Span, *, precision: str, device: str) -> Shard:
     """Load, hash and self-check. UserError if the span does not exist or the weights do not compute."""
     if span.end > checkpoint.num_blocks:
         raise UserError(

@@ -44,8 +44,12 @@ def _client_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         initial_peers_option(required=True),
         click.option(
-            "--model", default="smollm2-135m", show_default=True, help="Alias, hub id, directory or GGUF file."
+            "--model",
+            default="smollm2-135m",
+            show_default=True,
+            help="Alias, hub id, directory, GGUF file, or run:RUN_ID[@EPOCH].",
         ),
+        click.option("--run", "run_id", type=RunIdType(), help="The newest weights of this training run."),
         click.option(
             "--timeout",
             "request_timeout_s",
@@ -91,7 +95,7 @@ def _connect(flags: dict[str, Any]) -> Swarm:
 
     timeout_s = flags["request_timeout_s"]
     config = ClientConfig(
-        model=flags["model"],
+        model=flags["model"] if flags["run_id"] is None else f"run:{flags['run_id'].hex()}",
         initial_peers=flags["initial_peers"],
         request_timeout_s=timeout_s,
         join_timeout_s=min(15.0, timeout_s),
@@ -128,12 +132,20 @@ def generate(prompt: str, as_chat: bool, as_json: bool, **flags: Any) -> None:
     help="Tokens of the whole conversation.",
 )
 @click.option("--system", "system_prompt", help="System prompt.")
-def chat(max_length: int, system_prompt: str | None, **flags: Any) -> None:
+@click.option("--follow", is_flag=True, help="With a run: go on with its newest weights at each turn.")
+def chat(max_length: int, system_prompt: str | None, follow: bool, **flags: Any) -> None:
     """Talk with the model; empty line or Ctrl-D ends it."""
-    with _connect(flags) as swarm:
-        from swarm.client.terminal_chat import chat_loop
 
-        chat_loop(swarm, flags, max_length=max_length, system_prompt=system_prompt)
+    first = [_connect(flags)]  # before transformers is imported, as always
+    from swarm.client.terminal_chat import chat_loop
+
+    chat_loop(
+        lambda: first.pop() if first else _connect(flags),
+        flags,
+        max_length=max_length,
+        system_prompt=system_prompt,
+        follow=follow,
+    )
 
 
 @cli.command()

@@ -16,6 +16,7 @@ from node.runtime import host_config_of
 from node.throughput import measure_throughput
 from node.training.device_work import DeviceWork
 from node.training.keeper import Keeper
+from node.training.live import LiveModels
 from node.training.placement import choose_stage
 from node.training.service import StageLimits, StageService
 from node.training.stage import TrainableStage
@@ -67,7 +68,12 @@ class TrainingNode:
                 is_reachable=not config.use_relay, checkpoints=checkpoints, resumed=resumed, config=config.membership,
             )  # fmt: skip
             membership.tokens_per_s = tokens_per_s
-            service = StageService(stage, membership, self._executor, self._limits())
+            live = LiveModels(shared, store, stage_number, self._executor, config)
+            stack.push_async_callback(live.close)
+            checkpoints.on_saved.append(live.begin)
+            if checkpoints.places and (newest := await checkpoints.load(checkpoints.places[0], stage.parameters)):
+                live.begin(checkpoints.places[0], newest[0].values)
+            service = StageService(stage, membership, self._executor, self._limits(), live)
             membership.on_commit.append(lambda commit: service.forget_graphs())
             await host.serve(NODE_PROTOCOL, service.handle)
             await stack.enter_async_context(membership.running())

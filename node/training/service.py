@@ -16,7 +16,9 @@ from torch import Tensor
 
 from node.executor import Executor
 from node.job_queue import JobKind
+from node.service import NodeService
 from node.stash import Stash
+from node.training.live import LiveModels
 from node.training.stage import TrainableStage, TrainingEntry
 from protos import node_pb2
 from swarm.epoch.ledger import Added, AddTag
@@ -57,7 +59,16 @@ class StageLimits:
 class StageService:
     """Handles streams of the protocol "shardswarm/node" that open a stage."""
 
-    def __init__(self, stage: TrainableStage, membership: Membership, executor: Executor, limits: StageLimits) -> None:
+    def __init__(
+        self,
+        stage: TrainableStage,
+        membership: Membership,
+        executor: Executor,
+        limits: StageLimits,
+        live: LiveModels | None = None,
+    ) -> None:
+        """live: who serves streams that open something else."""
+        self._live = live
         self.stash = Stash(limits.stash_bytes, limits.stash_expiry_s)
         self.num_forwards = 0
         self.num_backwards = 0
@@ -84,6 +95,9 @@ class StageService:
                     kind = request.WhichOneof("kind")
                     if kind == "open_stage":
                         answer, is_open = self._open(request.open_stage, stream), True
+                    elif not is_open and (service := self._service_for(request)) is not None:
+                        await service.handle(stream, message)
+                        return
                     elif not is_open:
                         raise Refused(
                             node_pb2.THE_BLOCKS_ARE_NOT_SERVED_HERE,
@@ -107,6 +121,13 @@ class StageService:
             if not self._streams[stream.peer_id]:
                 del self._streams[stream.peer_id]
                 self.stash.drop_peer(stream.peer_id)
+
+    def _service_for(self, request: node_pb2.Request) -> NodeService | None:
+        """Of the frozen weights that a stream is opened for."""
+        kind = request.WhichOneof("kind")
+        if self._live is None or kind not in ("open", "open_microbatches", "status"):
+            return None
+        return self._live.find(None if kind == "status" else getattr(request, kind).model_digest)
 
     def forget_graphs(self) -> None:
         """The weights have changed: no graph of before may be used."""

@@ -97,6 +97,14 @@ class Swarm:
         """Run a coroutine of the async API on the client's loop."""
         return self._thread.run(coroutine)
 
+    def is_outdated(self) -> bool:
+        """Of a run that is served while it is trained: whether there are newer weights."""
+        from swarm.client.run_client import is_outdated
+        from swarm.training.run_model import RunModel
+
+        checkpoint = self.client.checkpoint
+        return isinstance(checkpoint, RunModel) and self.run(is_outdated(self.client.directory, checkpoint))
+
     def tokenizer(self) -> Any:
         """The model's tokenizer (transformers)."""
         return self.client.checkpoint.tokenizer()

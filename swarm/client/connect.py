@@ -12,12 +12,14 @@ from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.client.config import ClientConfig
 from swarm.client.microbatch import RemoteBlocks
 from swarm.client.router import Router
+from swarm.client.run_client import open_run_model
 from swarm.client.session import Session
 from swarm.ends import Ends
 from swarm.errors import RouteBroken
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host, HostConfig, running_host
 from swarm.records import ShardRecord, ShardState
+from swarm.training.run_model import RunModel, parse_run_model
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,13 @@ class SwarmClient:
     """Connected to a swarm, for one model. Made by `async with open_swarm(config)`."""
 
     def __init__(
-        self, host: Host, directory: Directory, checkpoint: Checkpoint, ends: Ends, router: Router, config: ClientConfig
+        self,
+        host: Host,
+        directory: Directory,
+        checkpoint: Checkpoint | RunModel,
+        ends: Ends,
+        router: Router,
+        config: ClientConfig,
     ) -> None:
         self.host, self.directory, self.config = host, directory, config
         self.checkpoint, self.ends, self.router = checkpoint, ends, router
@@ -58,6 +66,15 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[SwarmClient]:
     Raises JoinFailed, ModelNotFound or another UserError.
     """
     async with open_directory(config) as (host, directory):
+        if (run := parse_run_model(config.model)) is not None:
+            model, its_ends = await open_run_model(host, directory, *run, config)
+            router = Router(directory, model.spec, None, config)
+            client = SwarmClient(host, directory, model, its_ends, router, config)
+            try:
+                yield client
+            finally:
+                await client.blocks.aclose()
+            return
         served = await _find_name(directory, config, config.model)
         sources = [
             source for source, _ in Counter(r.source for r in served if r.state == ShardState.ONLINE).most_common()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -12,7 +14,7 @@ from transformers import TextStreamer, set_seed
 
 from swarm.client.blocking import Swarm
 from swarm.client.model import SwarmModelForCausalLM
-from swarm.errors import UserError
+from swarm.errors import RouteBroken, UserError
 
 
 class _TimedStreamer(TextStreamer):  # type: ignore[misc]
@@ -102,11 +104,28 @@ def generate_once(swarm: Swarm, prompt: str, flags: dict[str, Any], *, as_chat: 
         print(f"\n{_summary(answer)}", file=sys.stderr)
 
 
-def chat_loop(swarm: Swarm, flags: dict[str, Any], *, max_length: int, system_prompt: str | None) -> None:
-    """A conversation; the caches are kept from turn to turn, and freed at the end, at Ctrl-C or at an error."""
-    model, tokenizer = swarm.model(), swarm.tokenizer()
+def chat_loop(
+    connect: Callable[[], Swarm],
+    flags: dict[str, Any],
+    *,
+    max_length: int,
+    system_prompt: str | None,
+    follow: bool = False,
+) -> None:
+    """A conversation; the caches are kept from turn to turn, and freed at the end, at Ctrl-C or at an error.
+
+    follow: with a run that is being trained, go on with the newest weights at each turn.
+    """
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    with model.session(max_length=max_length):
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> tuple[Swarm, SwarmModelForCausalLM, Any]:
+            swarm = stack.enter_context(connect())
+            model, tokenizer = swarm.model(), swarm.tokenizer()
+            stack.enter_context(model.session(max_length=max_length))
+            return swarm, model, tokenizer
+
+        swarm, model, tokenizer = begin()
         while True:
             try:
                 line = input("> " if sys.stdin.isatty() else "")
@@ -115,7 +134,18 @@ def chat_loop(swarm: Swarm, flags: dict[str, Any], *, max_length: int, system_pr
             if not line.strip():
                 return
             messages.append({"role": "user", "content": line})
-            answer = _ask(model, tokenizer, _templated(tokenizer, messages), flags, sys.stdout)
+            if follow and swarm.is_outdated():
+                stack.close()
+                swarm, model, tokenizer = begin()
+                print(f"[now with {swarm.client.checkpoint.name.partition('@')[2]} epochs]", file=sys.stderr)
+            try:
+                answer = _ask(model, tokenizer, _templated(tokenizer, messages), flags, sys.stdout)
+            except RouteBroken as error:
+                if not swarm.is_outdated():
+                    raise
+                raise UserError(
+                    f"{error}. The weights of this conversation are gone, as the run has newer ones: begin again, or use --follow"
+                ) from error
             messages.append({"role": "assistant", "content": answer.text})
             print(f"{_summary(answer)}\n", file=sys.stderr)
 

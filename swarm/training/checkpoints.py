@@ -66,6 +66,8 @@ class Checkpoints:
         self._journal_end: Place | None = None
         """Up to which a restart comes by the journal."""
         self._spec, self._run_id = store.spec, store.run_id
+        self.on_saved: list[Callable[[Place, Tensor], None]] = []
+        """Are given the weights, which nobody else changes any more."""
         self._saving: asyncio.Task[None] | None = None
         self.places: tuple[Place, ...] = ()
         """What is on this disk, newest first."""
@@ -154,6 +156,8 @@ class Checkpoints:
             log.error("state not saved epoch=%d reason=%s", place.epoch, error)
             return
         log.info("state saved epoch=%d", place.epoch)
+        for callback in self.on_saved:
+            callback(place, state.values)
 
     async def prune(self, seen: Mapping[int, Collection[Place]], stage: int, num_stages: int) -> None:
         """seen: what the others have on their disks."""

@@ -146,6 +146,10 @@ class WeightLayout:
 
         return tuple(Slot(key, self._shapes[key]) for key in sorted(self._keys_of(stage, self._shapes), key=place))
 
+    def block_of(self, key: str) -> int | None:
+        """Index of the block that has this tensor; None for the ends'."""
+        return self._cut(key)[0]
+
     def size(self, stage: int) -> int:
         """Values of a stage's vector."""
         return sum(prod(slot.shape) for slot in self.slots(stage))

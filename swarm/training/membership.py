@@ -579,6 +579,7 @@ class Membership:
         await self.checkpoints.wait()
         place, commit = self.weights_at
         assert commit is not None
+        self.checkpoints.on_saved.clear()
         if place not in self.checkpoints.places:
             await self.checkpoints.save(place, self._sign_kept(commit), self.parameters.state)
 

@@ -1,0 +1,152 @@
+"""LiveModels: sessions and microbatches of anybody on a training node, with frozen copies of its stage's weights.
+
+A copy is made of each state that the node saves; the newest two are served, as models of their own (RunModel). What was opened with
+an older one ends when that goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import logging
+import time
+
+from torch import Tensor
+
+from node.announcer import Announcer
+from node.config import NodeConfig
+from node.executor import Executor
+from node.job_queue import JobKind
+from node.kv_cache import SessionLimits, SessionTable
+from node.microbatches import Microbatches, MicrobatchLimits
+from node.service import NodeService
+from node.shard import Shard, load_shard
+from node.throughput import Throughput, measure_throughput
+from swarm.ending import cancelled
+from swarm.epoch.messages import Place
+from swarm.errors import SwarmError
+from swarm.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
+from swarm.p2p.host import strip_peer_id
+from swarm.records import MAX_ADDRESSES, ShardRecord, ShardState
+from swarm.run_store import RunStore
+from swarm.training.hf_checkpoint import WeightLayout
+from swarm.training.run_host import RunHost
+from swarm.training.run_model import RunModel
+
+log = logging.getLogger(__name__)
+
+NUM_LIVE = 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Live:
+    place: Place
+    service: NodeService
+    announcer: Announcer
+    renewal: asyncio.Task[None]
+
+
+class LiveModels:
+    """The models that a training node serves. `close` when it leaves."""
+
+    def __init__(self, run_host: RunHost, store: RunStore, stage: int, executor: Executor, config: NodeConfig) -> None:
+        self._run_host, self._store, self._stage = run_host, store, stage
+        self._executor, self._config = executor, config
+        self._live: collections.OrderedDict[bytes, _Live] = collections.OrderedDict()
+        self._publishing: asyncio.Task[None] | None = None
+        self._throughput: Throughput | None = None
+        self._layout: WeightLayout | None = None
+        self._started_at = time.time()
+
+    def find(self, model_digest: bytes | None = None) -> NodeService | None:
+        """The service of a model, or of the newest one."""
+        if model_digest is None:
+            return next(reversed(self._live.values())).service if self._live else None
+        live = self._live.get(model_digest)
+        return None if live is None else live.service
+
+    def begin(self, place: Place, values: Tensor) -> None:
+        """Serve these weights, float32 [size], from soon on; they are ours. Left out while earlier ones are still being made ready."""
+        if self._config.serves_sessions and (self._publishing is None or self._publishing.done()):
+            self._publishing = asyncio.create_task(self._publish(place, values))
+
+    async def _publish(self, place: Place, values: Tensor) -> None:
+        span, config = self._store.spec.stages[self._stage], self._config
+
+        def load() -> tuple[Shard, str]:
+            self._layout = self._layout or WeightLayout(self._store.spec)
+            model = RunModel(self._store, place, {self._stage: values}, self._layout)
+            shard = load_shard(model, span, precision=config.precision, device=config.device)
+            if self._throughput is None:
+                self._throughput = measure_throughput(shard.model, config.threads)
+            return shard, model.name
+
+        try:
+            shard, name = await self._executor.run(load, JobKind.BACKWARD)
+        except SwarmError as error:
+            log.warning("weights not served epoch=%d reason=%s", place.epoch, error)
+            return
+        if shard.model_digest in self._live:
+            return
+        limits = SessionLimits(
+            cache_bytes=config.cache_bytes // NUM_LIVE,
+            max_sessions=config.max_sessions,
+            max_sessions_per_peer=config.max_sessions_per_peer,
+            idle_s=config.session_idle_s,
+        )
+        microbatches = MicrobatchLimits(
+            stash_bytes=config.stash_bytes // NUM_LIVE,
+            stash_expiry_s=config.stash_expiry_s,
+            max_tokens=config.max_microbatch_tokens,
+            idle_s=config.session_idle_s,
+        )
+        service = NodeService(
+            shard,
+            name,
+            self._executor,
+            SessionTable(limits, shard.cache_bytes_per_token),
+            Microbatches(shard, self._executor, microbatches),
+        )
+        announcer = Announcer(self._run_host.directory, await self._record(shard, name), config.record_lifetime_s)
+        await announcer.announce()
+        renewal = asyncio.create_task(announcer.keep_alive())
+        self._live[shard.model_digest] = _Live(place, service, announcer, renewal)
+        log.info("serving the weights of epoch=%d", place.epoch)
+        while len(self._live) > NUM_LIVE:
+            _, oldest = self._live.popitem(last=False)
+            await self._retire(oldest, place)
+
+    async def _record(self, shard: Shard, name: str) -> ShardRecord:
+        assert self._throughput is not None
+        return ShardRecord(
+            peer_id=self._run_host.peer_id,
+            model_name=name,
+            source=f"run:{self._store.run_id.hex()}",
+            model_digest=shard.model_digest,
+            num_blocks=self._store.spec.num_blocks,
+            span=shard.span,
+            block_digests=shard.block_digests,
+            numeric_class=shard.numeric_class,
+            state=ShardState.ONLINE,
+            started_at=self._started_at,
+            expires_at=time.time() + self._config.record_lifetime_s,
+            decode_s_per_block=self._throughput.decode_s_per_block,
+            prefill_tokens_per_s=self._throughput.prefill_tokens_per_s,
+            addresses=tuple(map(strip_peer_id, await self._run_host.host.addresses()))[:MAX_ADDRESSES],
+            protocol_major=PROTOCOL_MAJOR,
+            protocol_minor=PROTOCOL_MINOR,
+            software=SOFTWARE,
+        )
+
+    async def _retire(self, live: _Live, successor: Place | None) -> None:
+        what = "this node leaves" if successor is None else f"the run is at epoch {successor.epoch} by now"
+        live.service.dismiss(f"the weights of epoch {live.place.epoch} are not served here any more: {what}")
+        await cancelled([live.renewal])
+        await live.announcer.leave()
+
+    async def close(self) -> None:
+        if self._publishing is not None:
+            await cancelled([self._publishing])
+        while self._live:
+            await self._retire(self._live.popitem()[1], None)
