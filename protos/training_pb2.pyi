@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class MemberMessage(_message.Message):
-    __slots__ = ("introduction", "lead", "hello", "redirect", "where", "lease", "done", "failed", "confirm", "void", "prepare", "abort", "report", "round_failed", "commit", "committed", "excluded", "get_state", "state", "refusal", "get_artifact", "artifact", "get_saved", "saved", "get_pieces")
+    __slots__ = ("introduction", "lead", "hello", "redirect", "where", "lease", "done", "failed", "confirm", "void", "prepare", "abort", "report", "round_failed", "commit", "committed", "excluded", "get_place", "state", "refusal", "get_artifact", "artifact", "get_saved", "saved", "get_pieces", "get_snapshot")
     INTRODUCTION_FIELD_NUMBER: _ClassVar[int]
     LEAD_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -26,7 +26,7 @@ class MemberMessage(_message.Message):
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     EXCLUDED_FIELD_NUMBER: _ClassVar[int]
-    GET_STATE_FIELD_NUMBER: _ClassVar[int]
+    GET_PLACE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     GET_ARTIFACT_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,7 @@ class MemberMessage(_message.Message):
     GET_SAVED_FIELD_NUMBER: _ClassVar[int]
     SAVED_FIELD_NUMBER: _ClassVar[int]
     GET_PIECES_FIELD_NUMBER: _ClassVar[int]
+    GET_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     introduction: Introduction
     lead: Lead
     hello: Hello
@@ -51,7 +52,7 @@ class MemberMessage(_message.Message):
     commit: Commit
     committed: Committed
     excluded: Excluded
-    get_state: GetState
+    get_place: GetPlace
     state: StateHeader
     refusal: _node_pb2.Refusal
     get_artifact: GetArtifact
@@ -59,7 +60,8 @@ class MemberMessage(_message.Message):
     get_saved: GetSaved
     saved: SavedState
     get_pieces: GetPieces
-    def __init__(self, introduction: _Optional[_Union[Introduction, _Mapping]] = ..., lead: _Optional[_Union[Lead, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., redirect: _Optional[_Union[Redirect, _Mapping]] = ..., where: _Optional[_Union[Where, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., confirm: _Optional[_Union[Confirm, _Mapping]] = ..., void: _Optional[_Union[Void, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., round_failed: _Optional[_Union[RoundFailed, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., excluded: _Optional[_Union[Excluded, _Mapping]] = ..., get_state: _Optional[_Union[GetState, _Mapping]] = ..., state: _Optional[_Union[StateHeader, _Mapping]] = ..., refusal: _Optional[_Union[_node_pb2.Refusal, _Mapping]] = ..., get_artifact: _Optional[_Union[GetArtifact, _Mapping]] = ..., artifact: _Optional[_Union[Artifact, _Mapping]] = ..., get_saved: _Optional[_Union[GetSaved, _Mapping]] = ..., saved: _Optional[_Union[SavedState, _Mapping]] = ..., get_pieces: _Optional[_Union[GetPieces, _Mapping]] = ...) -> None: ...
+    get_snapshot: GetSnapshot
+    def __init__(self, introduction: _Optional[_Union[Introduction, _Mapping]] = ..., lead: _Optional[_Union[Lead, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., redirect: _Optional[_Union[Redirect, _Mapping]] = ..., where: _Optional[_Union[Where, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., confirm: _Optional[_Union[Confirm, _Mapping]] = ..., void: _Optional[_Union[Void, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., round_failed: _Optional[_Union[RoundFailed, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., excluded: _Optional[_Union[Excluded, _Mapping]] = ..., get_place: _Optional[_Union[GetPlace, _Mapping]] = ..., state: _Optional[_Union[StateHeader, _Mapping]] = ..., refusal: _Optional[_Union[_node_pb2.Refusal, _Mapping]] = ..., get_artifact: _Optional[_Union[GetArtifact, _Mapping]] = ..., artifact: _Optional[_Union[Artifact, _Mapping]] = ..., get_saved: _Optional[_Union[GetSaved, _Mapping]] = ..., saved: _Optional[_Union[SavedState, _Mapping]] = ..., get_pieces: _Optional[_Union[GetPieces, _Mapping]] = ..., get_snapshot: _Optional[_Union[GetSnapshot, _Mapping]] = ...) -> None: ...
 
 class Introduction(_message.Message):
     __slots__ = ("version", "run_id", "stage", "is_request", "to_stage")
@@ -138,7 +140,7 @@ class Lead(_message.Message):
     def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ..., term: _Optional[_Union[Term, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("place", "term", "stage", "ledger_id", "units", "capacity", "results", "is_reachable", "early_ledger_id", "measured")
+    __slots__ = ("place", "term", "stage", "ledger_id", "units", "capacity", "results", "is_reachable", "early_ledger_id", "measured", "is_ready")
     PLACE_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
@@ -149,6 +151,7 @@ class Hello(_message.Message):
     IS_REACHABLE_FIELD_NUMBER: _ClassVar[int]
     EARLY_LEDGER_ID_FIELD_NUMBER: _ClassVar[int]
     MEASURED_FIELD_NUMBER: _ClassVar[int]
+    IS_READY_FIELD_NUMBER: _ClassVar[int]
     place: Place
     term: Term
     stage: int
@@ -159,7 +162,8 @@ class Hello(_message.Message):
     is_reachable: bool
     early_ledger_id: int
     measured: _containers.RepeatedCompositeFieldContainer[Rate]
-    def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ..., term: _Optional[_Union[Term, _Mapping]] = ..., stage: _Optional[int] = ..., ledger_id: _Optional[int] = ..., units: _Optional[_Iterable[int]] = ..., capacity: _Optional[int] = ..., results: _Optional[_Iterable[_Union[UnitResult, _Mapping]]] = ..., is_reachable: bool = ..., early_ledger_id: _Optional[int] = ..., measured: _Optional[_Iterable[_Union[Rate, _Mapping]]] = ...) -> None: ...
+    is_ready: bool
+    def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ..., term: _Optional[_Union[Term, _Mapping]] = ..., stage: _Optional[int] = ..., ledger_id: _Optional[int] = ..., units: _Optional[_Iterable[int]] = ..., capacity: _Optional[int] = ..., results: _Optional[_Iterable[_Union[UnitResult, _Mapping]]] = ..., is_reachable: bool = ..., early_ledger_id: _Optional[int] = ..., measured: _Optional[_Iterable[_Union[Rate, _Mapping]]] = ..., is_ready: bool = ...) -> None: ...
 
 class Redirect(_message.Message):
     __slots__ = ("place", "term")
@@ -355,7 +359,11 @@ class Excluded(_message.Message):
     reason: str
     def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ..., term: _Optional[_Union[Term, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
 
-class GetState(_message.Message):
+class GetPlace(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetSnapshot(_message.Message):
     __slots__ = ("at_least",)
     AT_LEAST_FIELD_NUMBER: _ClassVar[int]
     at_least: Place

@@ -64,6 +64,7 @@ class _Peer:
     capacity: int
     is_reachable: bool
     measured: tuple[Rate, ...]
+    is_ready: bool
 
 
 @dataclass(slots=True)
@@ -141,8 +142,8 @@ class Coordinator:
 
     @property
     def num_peers(self) -> Counter[int]:
-        """Members of each stage that are here."""
-        return Counter(peer.stage for peer in self._peers.values())
+        """Members of each stage that are here, with their weights."""
+        return Counter(peer.stage for peer in self._peers.values() if peer.is_ready)
 
     @property
     def waits_for(self) -> frozenset[str]:
@@ -249,7 +250,8 @@ class Coordinator:
         if known is not None and (known.ledger_id, known.early_ledger_id) != (hello.ledger_id, hello.early_ledger_id):
             letters += self.lose(peer)
         elif known is not None:
-            known.capacity, known.is_reachable, known.measured = hello.capacity, hello.is_reachable, hello.measured
+            known.capacity, known.is_ready = hello.capacity, hello.is_ready
+            known.is_reachable, known.measured = hello.is_reachable, hello.measured
             return self._go_on()
         results = {result.unit: result for result in hello.results if result.is_sound}
         for unit in sorted(hello.units):
@@ -265,7 +267,13 @@ class Coordinator:
             if hello.stage == self.rules.ends_stage:
                 self._results[unit] = results[unit]
         self._peers[peer] = _Peer(
-            hello.stage, hello.ledger_id, hello.early_ledger_id, hello.capacity, hello.is_reachable, hello.measured
+            hello.stage,
+            hello.ledger_id,
+            hello.early_ledger_id,
+            hello.capacity,
+            hello.is_reachable,
+            hello.measured,
+            hello.is_ready,
         )
         self._waiting.discard(peer)
         return letters + self._go_on()
@@ -359,7 +367,7 @@ class Coordinator:
         if self.phase is Phase.ROUND:
             return self._lease_early()
         needed = self.rules.min_replicas if self.place.epoch == 0 else 1
-        num_trainers = sum(view.capacity > 0 for view in self._peers.values())
+        num_trainers = sum(view.capacity > 0 and view.is_ready for view in self._peers.values())
         if any(self.num_peers[stage] < needed for stage in range(self.rules.num_stages)) or num_trainers < needed:
             return []
         missing = [unit for unit in self.rules.units_of(self.place.epoch) if not self._is_done(unit)]
@@ -404,7 +412,7 @@ class Coordinator:
             free = {
                 peer: running[peer] / view.capacity
                 for peer, view in self._peers.items()
-                if view.stage == self.rules.ends_stage and running[peer] < view.capacity
+                if view.stage == self.rules.ends_stage and view.is_ready and running[peer] < view.capacity
             }
             if not free:
                 break
@@ -422,7 +430,7 @@ class Coordinator:
         ledgers = {
             view.early_ledger_id if unit >= EARLY else view.ledger_id: peer
             for peer, view in self._peers.items()
-            if view.stage == stage
+            if view.stage == stage and view.is_ready
         }
         ledger_id = self._counts.owner.get((stage, unit))
         if ledger_id not in ledgers:

@@ -127,7 +127,39 @@ class Installed:
     commit: Commit | None
 
 
-Event = Received | Lost | Found | Tick | Impatient | Ran | DidNotRun | Averaged | NotAveraged | Installed
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """We take part from this place on; the weights are on their way. commit: the one that led there."""
+
+    place: Place
+    commit: Commit | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The weights are where we are."""
+
+
+@dataclass(frozen=True, slots=True)
+class InVain:
+    """Nobody could tell where our stage is: look again."""
+
+
+Event = (
+    Received
+    | Lost
+    | Found
+    | Tick
+    | Impatient
+    | Ran
+    | DidNotRun
+    | Averaged
+    | NotAveraged
+    | Installed
+    | Entered
+    | Ready
+    | InVain
+)
 
 
 # Actions.
@@ -194,7 +226,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """We missed a step: get the state of a replica of our stage at this place or a later one; tell by Installed."""
+    """We missed a step: get the state of a replica of our stage at this place or a later one.
+
+    Tell by Installed when it is there; or by Entered at once, then keep what Step says, and tell by Ready when all is there; or by InVain.
+    """
 
     place: Place
     peer: str
@@ -248,6 +283,8 @@ class Member:
         self.leader: Coordinator | None = None
         self.last_commit = commit
         self.is_downloading = False
+        self.is_ready = True
+        """Whether the weights are where we are."""
         self.measured: tuple[Rate, ...] = ()
         """As in Hello; the process that measures it sets it."""
         self._is_reachable, self._share_out = is_reachable, share_out
@@ -297,8 +334,15 @@ class Member:
         return self._actions
 
     def _handle(self, event: Event) -> None:
-        if isinstance(event, Installed):
+        if isinstance(event, Ready):
+            self.is_ready = True
+            self._to_leader(self._hello())
+        elif isinstance(event, InVain):
             self.is_downloading = False
+            self._enter(self.place, self.last_commit, self.known)
+            self._ask_around()
+        elif isinstance(event, Installed | Entered):
+            self.is_downloading, self.is_ready = False, isinstance(event, Installed)
             members = dict(event.commit.members) if event.commit else {}
             self._enter(event.place, event.commit, {**self.known, **members})
             self._ask_around()
@@ -515,6 +559,7 @@ class Member:
             early_id,
             self._is_reachable,
             self.measured,
+            self.is_ready,
         )
 
     def _on_hello(self, peer: str, hello: Hello) -> None:

@@ -191,6 +191,8 @@ class Hello:
     """False: nobody can open a stream to it, so it reduces nothing."""
     measured: tuple[Rate, ...] = ()
     """What it saw the other replicas of its stage send."""
+    is_ready: bool = True
+    """False: its weights are still on their way, so it runs nothing, but takes part in rounds."""
 
 
 @dataclass(frozen=True, slots=True)

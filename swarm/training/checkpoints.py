@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import os
+import shutil
+import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
+import psutil
 from torch import Tensor
 
 from swarm.epoch.messages import Commit, Place, Term
@@ -25,6 +31,7 @@ Saving: TypeAlias = tuple[Place, Commit | None, StageState]
 NUM_COMPLETE = 2
 """So many complete checkpoints are kept."""
 _MAX_KEPT = 4
+_LEAST_SNAPSHOT_PAUSE_S = 2.0
 _MAX_JOURNAL = 16
 """Sums in the journal; then the state is saved instead."""
 
@@ -63,9 +70,16 @@ class Checkpoints:
         """size: values of the stage's vector."""
         self.states = SavedStates(store.folder / "states", store.run_id, stage)
         self._journal = Journal(store.folder / "journal", store.run_id, stage, size)
+        self._queue: Journal | None = None
+        """Of this process alone: steps that wait for the weights."""
+        self._queue_folder = store.folder / f"queue-{os.getpid()}-{stage}"
+        self._stage, self._size = stage, size
+        _sweep_queues(store.folder)
         self._journal_end: Place | None = None
         """Up to which a restart comes by the journal."""
         self._spec, self._run_id = store.spec, store.run_id
+        self._snapshots = asyncio.Lock()
+        self._last_snapshot_s = -math.inf
         self.on_saved: list[Callable[[Place, Tensor], None]] = []
         """Are given the weights, which nobody else changes any more."""
         self._saving: asyncio.Task[None] | None = None
@@ -133,6 +147,45 @@ class Checkpoints:
     def _look(self) -> None:
         self.places = tuple(saved.place for saved in self.states.found())
 
+    async def keep_step(self, commit: Commit, vector: Tensor | None) -> None:
+        """Of a member whose weights are on their way: what is to be done once they are here. Raises UserError."""
+
+        def write() -> None:
+            if self._queue is None:
+                self._queue = Journal(self._queue_folder, self._run_id, self._stage, self._size)
+            if vector is not None:
+                self._queue.write_sum(commit.before, commit.term, commit.attempt, vector)
+            self._queue.write_commit(commit)
+
+        await asyncio.to_thread(write)
+
+    def apply_kept(self, place: Place, parameters: StageParameters) -> tuple[Place, Commit | None]:
+        """Take the kept steps after a place, where the parameters are. Where they are then, and the last commit (None: no step)."""
+        last: Commit | None = None
+        for commit, kept in self._queue.steps_after(place) if self._queue is not None else ():
+            apply_commit(parameters, self._spec, commit, None if kept is None else kept.vector)
+            place, last = commit.after, commit
+        return place, last
+
+    def forget_kept(self) -> None:
+        """The kept steps are taken, or of no use any more."""
+        if self._queue is not None:
+            shutil.rmtree(self._queue_folder, ignore_errors=True)
+            self._queue = None
+
+    async def snapshot(self, at_least: Place, state_here: Callable[[], Awaitable[Saving]]) -> Place | None:
+        """Of which place, that one or a later one, there is a state on this disk, made now if need be. None: of none."""
+        async with self._snapshots:
+            for place in self.places:
+                if not place.is_behind(at_least):
+                    return place
+            if time.monotonic() - self._last_snapshot_s < _LEAST_SNAPSHOT_PAUSE_S:
+                return None
+            self._last_snapshot_s = time.monotonic()
+            await self.wait()
+            await self.save(*await state_here())
+            return next((place for place in self.places if not place.is_behind(at_least)), None)
+
     def is_due(self, place: Place) -> bool:
         """Whether the state there is to be saved."""
         is_long = len(self._journal) >= _MAX_JOURNAL
@@ -172,3 +225,11 @@ class Checkpoints:
         """Until nothing is being saved."""
         if self._saving is not None:
             await asyncio.wait([self._saving])
+
+
+def _sweep_queues(folder: Path) -> None:
+    """Remove what processes that are dead had kept."""
+    for path in folder.glob("queue-*"):
+        pid = path.name.split("-")[1]
+        if pid.isdigit() and int(pid) != os.getpid() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)

@@ -73,12 +73,11 @@ class Journal:
         peer = term.peer.encode()
         fixed = _FIXED.pack(_MAGIC, term.number, attempt, len(peer), vector.numel())
         self._write(place, "sum", [fixed + peer, vector.contiguous().numpy().data.cast("B")])
-        if place not in self._places:
-            self._places.append(place)
+        self._note(place)
 
     def write_commit(self, commit: Commit) -> bool:
-        """The outcome of an epoch; False if its sum was not written. Raises as write_sum."""
-        if commit.before not in self._places:
+        """The outcome of an epoch; False if its sum was not written, though there is one. Raises as write_sum."""
+        if commit.before not in self._places and not commit.is_skipped:
             return False
         self._write(commit.before, "commit", [commit_to_wire(commit).SerializeToString()])
         return True
@@ -103,7 +102,7 @@ class Journal:
                 if kept is None or len(digests) <= self._stage or kept.digest != digests[self._stage]:
                     log.warning("journal ends early epoch=%d reason=the sum is damaged", place.epoch)
                     return
-            self._places.append(place)
+            self._note(place)
             yield commit, kept
             place = commit.after
 
@@ -119,6 +118,10 @@ class Journal:
         except (OSError, struct.error, UnicodeDecodeError):
             return None
         return KeptSum(Term(number, peer), attempt, torch.from_numpy(values)) if len(values) == size else None
+
+    def _note(self, place: Place) -> None:
+        if place not in self._places:
+            self._places.append(place)
 
     def _read_commit(self, place: Place) -> Commit | None:
         try:

@@ -35,6 +35,7 @@ from swarm.records import MAX_ADDRESSES, MAX_LIFETIME_S, ShardState
 from swarm.run_spec import RunSpec
 from swarm.run_store import RunStore
 from swarm.training.artifacts import send_artifact
+from swarm.training.catch_up import ask_place, fetch_snapshot, send_place
 from swarm.training.checkpoints import Checkpoints, Resumed, Saving
 from swarm.training.links import Links
 from swarm.training.member_config import MembershipConfig
@@ -44,7 +45,6 @@ from swarm.training.parameters import GradientSum, StageParameters, StageState, 
 from swarm.training.rollback import Watch, saved_by_stage
 from swarm.training.run_host import RunHost
 from swarm.training.saved_transfer import send_saved
-from swarm.training.state_transfer import fetch_state, send_state
 from swarm.training.wire import is_signed, place_from_wire, sign_commit
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _LEAST_ANNOUNCE_PAUSE_S = 0.5
+_ASK_TIMEOUT_S = 20.0
 
 
 class Work(Protocol):
@@ -74,6 +75,15 @@ class Work(Protocol):
     def stepped(self, commit: Commit) -> None:
         """The weights have changed: graphs that were made before are worth nothing."""
         ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Snapshot:
+    """A replica's state has come."""
+
+    place: Place
+    commit: Commit | None
+    state: StageState
 
 
 @dataclass(slots=True)
@@ -155,7 +165,7 @@ class Membership:
             ledger, start, {}, commit=self.last_commit, early=early, capacity=capacity, is_reachable=is_reachable, share_out=share_out,
         )  # fmt: skip
         self.on_commit: list[Callable[[Commit], None]] = []
-        self._events: asyncio.Queue[m.Event] = asyncio.Queue()
+        self._events: asyncio.Queue[m.Event | _Snapshot] = asyncio.Queue()
         self._held: dict[tuple[Term, int], Exchanged] = {}
         if resumed is not None and resumed.held is not None:
             kept = resumed.held
@@ -165,6 +175,7 @@ class Membership:
         self._residual: Tensor | None = None
         self._averaging: tuple[tuple[Term, int], asyncio.Task[None]] | None = None
         self._download: asyncio.Task[None] | None = None
+        self._on_done: Callable[[asyncio.Task[None]], None] = lambda task: None
         self._state = ShardState.JOINING
         self._was_at_work, self._has_news = False, asyncio.Event()
         self._addresses: tuple[str, ...] = ()
@@ -209,7 +220,12 @@ class Membership:
     @property
     def _is_at_work(self) -> bool:
         """Whether it has somebody to follow, and the weights to do so."""
-        return not self.member.is_downloading and bool(self.member.term.peer or self.member.last_commit)
+        return self._has_weights and bool(self.member.term.peer or self.member.last_commit)
+
+    @property
+    def _has_weights(self) -> bool:
+        """Whether the weights are where the member is."""
+        return self.member.is_ready and not self.member.is_downloading
 
     @property
     def is_over(self) -> bool:
@@ -238,6 +254,7 @@ class Membership:
                 failures.append(failure)
                 body.cancel()
 
+        self._on_done = on_done
         for task in tasks:
             task.add_done_callback(on_done)
         try:
@@ -252,6 +269,8 @@ class Membership:
             await self._end(tasks)
             await self._links.aclose()
             await self._save_last()
+            if self.checkpoints is not None:
+                await asyncio.to_thread(self.checkpoints.forget_kept)
             self._state = ShardState.LEAVING
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(3):
@@ -292,6 +311,9 @@ class Membership:
         await self._perform(self.member.start())
         while True:
             event = await self._events.get()
+            if isinstance(event, _Snapshot):
+                await self._catch_up(event)
+                continue
             await self._perform(self.member.apply(event))
             if self._is_at_work is not self._was_at_work:
                 self._has_news.set()
@@ -382,7 +404,7 @@ class Membership:
                 await self._step(action.commit)
             elif isinstance(action, m.Download):
                 log.info("missed a step, downloading epoch=%d", action.place.epoch)
-                self._download = asyncio.create_task(self._fetch(action))
+                self._begin_fetching(action)
             else:
                 log.info("%s", action.text)
 
@@ -473,6 +495,9 @@ class Membership:
             apply_commit(self.parameters, self.spec, commit, None if held is None else held.vector)
             self.weights_at = commit.after, commit
 
+        if not self.member.is_ready:
+            await self._keep_step(commit, held)
+            return
         await self.work.on_device(compute)
         if held is not None:
             self._residual = held.residual
@@ -497,6 +522,12 @@ class Membership:
 
     # State from and for other replicas.
 
+    def _begin_fetching(self, order: m.Download) -> None:
+        if self._download is not None:
+            self._download.cancel()
+        self._download = asyncio.create_task(self._fetch(order))
+        self._download.add_done_callback(self._on_done)
+
     async def _fetch(self, order: m.Download) -> None:
         """Get the state from our disk or download that of a replica; if there is none, look again at where everybody is."""
         if await self._install_saved(order.place):
@@ -508,23 +539,72 @@ class Membership:
         online = {member_name(r.peer_id, r.stage) for r in records if r.state == ShardState.ONLINE}
         candidates = sorted((online | known) - {self.name})
         random.shuffle(candidates)
-        for peer in candidates:
+        for name in candidates if self.checkpoints is not None else ():
             try:
-                async with asyncio.timeout(self.config.download_timeout_s):
-                    place, commit, state = await fetch_state(
-                        self._links, peer, self.run_id, order.place, self.parameters
-                    )
+                async with asyncio.timeout(_ASK_TIMEOUT_S):
+                    place, commit = await ask_place(self._links, name, self.run_id, order.place)
             except (PeerFailed, TimeoutError) as error:
-                log.info("no state from peer=%s reason=%s", peer[-8:], error)
+                log.info("no state from member=%s reason=%s", name[-10:], error)
                 continue
-
-            self.counters.num_downloads += 1
-            log.info("state downloaded epoch=%d peer=%s", place.epoch, peer[-8:])
-            await self._install(place, commit, state)
+            self.feed(m.Entered(place, commit))
+            await self._fetch_snapshot(candidates, place)
             return
         log.warning("nobody gave the state of this stage stage=%d asked=%d", self.stage, len(candidates))
         await asyncio.sleep(self.config.tick_s)
-        self.feed(m.Installed(self.member.place, self.member.last_commit))
+        self.feed(m.InVain())
+
+    async def _fetch_snapshot(self, candidates: Sequence[str], at_least: Place) -> None:
+        """While the run goes on with us. Raises UserError if no replica gives it."""
+        deadline = time.monotonic() + self.config.download_timeout_s
+        while time.monotonic() < deadline:
+            try:
+                place, commit, state = await fetch_snapshot(
+                    self.run_host, self._links, self.run_id, candidates, at_least, self.parameters
+                )
+            except (PeerFailed, TimeoutError) as error:
+                log.info("no snapshot yet reason=%s", error)
+                await asyncio.sleep(self.config.tick_s)
+                continue
+            self.counters.num_downloads += 1
+            self._events.put_nowait(_Snapshot(place, commit, state))
+            return
+        raise UserError(
+            f"no replica of stage {self.stage} gave its state within {self.config.download_timeout_s:.0f} s"
+        )
+
+    async def _keep_step(self, commit: Commit, held: Exchanged | None) -> None:
+        assert self.checkpoints is not None
+        self.last_commit = commit
+        try:
+            await self.checkpoints.keep_step(self._sign_kept(commit), None if held is None else held.vector)
+        except UserError as error:
+            log.error("step not kept epoch=%d reason=%s", commit.epoch, error)
+
+    async def _catch_up(self, snapshot: _Snapshot) -> None:
+        """The weights came: take the steps that were taken since, and begin to work."""
+        if self.member.is_ready or self.member.is_downloading:
+            return  # it came too late
+        checkpoints, here = self.checkpoints, self.member.place
+        assert checkpoints is not None
+
+        def compute() -> tuple[Place, Commit | None]:
+            self.parameters.install(snapshot.state)
+            place, commit = checkpoints.apply_kept(snapshot.place, self.parameters)
+            self.weights_at = place, commit or snapshot.commit
+            return self.weights_at
+
+        place, commit = await self.work.on_device(compute)
+        await asyncio.to_thread(checkpoints.forget_kept)
+        if place != here:
+            log.warning("steps are missing since the snapshot epoch=%d here=%d", place.epoch, here.epoch)
+            self._begin_fetching(m.Download(here, ""))
+            return
+        self._residual = None
+        log.info("state installed epoch=%d of a snapshot of epoch=%d", place.epoch, snapshot.place.epoch)
+        if commit is not None:
+            self._tell(commit)
+        await self._perform(self.member.apply(m.Ready()))
+        checkpoints.begin(*await self._saving())
 
     async def _install_saved(self, place: Place) -> bool:
         """Go to a place whose state is on our disk."""
@@ -553,14 +633,18 @@ class Membership:
         if request.WhichOneof("kind") == "get_saved" and self.checkpoints is not None:
             await send_saved(stream, self.checkpoints.states, request.get_saved)
             return
-        if request.WhichOneof("kind") != "get_state":
-            await stream.fail("this member has no such thing")
+        if request.WhichOneof("kind") == "get_place" and self._has_weights:
+            place, commit = self.weights_at
+            await send_place(stream, place, None if commit is None else self._sign_kept(commit))
             return
-        (place, commit), state = await self.work.on_device(lambda: (self.weights_at, self.parameters.snapshot()))
-        if place.is_behind(place_from_wire(request.get_state.at_least)) or self.member.is_downloading:
-            await stream.fail(f"this member is at epoch {place.epoch} itself")
+        if request.WhichOneof("kind") == "get_snapshot" and self._has_weights and self.checkpoints is not None:
+            found = await self.checkpoints.snapshot(place_from_wire(request.get_snapshot.at_least), self._saving)
+            if found is None:
+                await stream.fail("there is no snapshot of that place, or not yet")
+            else:
+                await send_place(stream, found, None)
             return
-        await send_state(stream, place, None if commit is None else self._sign_kept(commit), state)
+        await stream.fail("this member has no such thing, or not yet")
 
     async def _saving(self) -> Saving:
         """The state as it is, copied."""
@@ -574,7 +658,7 @@ class Membership:
 
     async def _save_last(self) -> None:
         """At the end: a restart goes on from here."""
-        if self.checkpoints is None or self.weights_at[1] is None or self.member.is_downloading:
+        if self.checkpoints is None or self.weights_at[1] is None or not self._has_weights:
             return
         await self.checkpoints.wait()
         place, commit = self.weights_at

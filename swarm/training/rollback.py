@@ -46,7 +46,8 @@ def lost_stages(records: Sequence[MemberRecord], num_stages: int) -> tuple[list[
     behind = [
         stage
         for stage in range(num_stages)
-        if stage not in empty and not any(record.stage == stage and record.place == place for record in present)
+        if stage not in empty
+        and not any(r.stage == stage and r.place == place and r.state == ShardState.ONLINE for r in present)
     ]
     return empty, behind
 

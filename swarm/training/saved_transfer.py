@@ -32,7 +32,10 @@ log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 * 2**20
 MAX_PIECES_PER_REQUEST = 16
+_PIECES_AT_ONCE = 4  # so that several donors share the work
 _RAW_BYTES = 128 * 1024
+# After each piece, so that a donor gives at most 200 MiB/s, and its own work goes on.
+_DONOR_PAUSE_S = 0.005
 _TIMEOUT_S = 30.0
 _CONNECT_TIMEOUT_S = 10.0
 _MAX_DONORS = 8
@@ -82,6 +85,7 @@ async def send_saved(stream: FramedStream, states: SavedStates, request: trainin
                     return
                 async with asyncio.timeout(_TIMEOUT_S):
                     await stream.send([piece])
+                await asyncio.sleep(_DONOR_PAUSE_S)
 
 
 @dataclass
@@ -102,7 +106,7 @@ class Download:
     def take(self) -> list[int]:
         """Pieces in a row that nobody fetches yet."""
         numbers: list[int] = []
-        while self.missing and len(numbers) < MAX_PIECES_PER_REQUEST:
+        while self.missing and len(numbers) < _PIECES_AT_ONCE:
             if numbers and self.missing[0] != numbers[-1] + 1:
                 break
             numbers.append(self.missing.popleft())

@@ -52,6 +52,8 @@ class Process:
     frozen: bool = False
     history: list[bytes] = field(default_factory=list)
     num_downloads: int = 0
+    entered: int = 0
+    """Steps of its history that it has not kept."""
 
     @property
     def sum(self) -> Counter[int]:
@@ -63,6 +65,11 @@ class Process:
 
     def sum_for(self, unit: int) -> Counter[int]:
         return self.sums[id(self.member._ledger_for(unit))]
+
+
+def has_weights(process: Process) -> bool:
+    """Whether it holds the state of the place where it is."""
+    return process.member.is_ready and not process.member.is_downloading
 
 
 class World:
@@ -149,7 +156,7 @@ class World:
         longest = max(p.member.place.epoch for p in self.processes.values())
         stages: dict[Place, set[int]] = {}
         for process in self.processes.values():
-            if process.member.place.epoch == longest and not process.member.is_downloading:
+            if process.member.place.epoch == longest and has_weights(process):
                 stages.setdefault(process.member.place, set()).add(process.stage)
         if all(len(alive) < self.rules.num_stages for alive in stages.values()):
             self.fired["stage lost"] += 1
@@ -279,10 +286,10 @@ class World:
             if n != name
             and p.stage == process.stage
             and p.member.place == process.member.place
-            and not p.member.is_downloading
+            and has_weights(p)
             and all((n, p.stage) in members for members in outcomes)
         ]
-        if twins or process.member.is_downloading:
+        if twins or not has_weights(process):
             self.crash(name)
 
     def _meet_everybody(self, name: str) -> None:
@@ -298,7 +305,7 @@ class World:
 
     def _join(self) -> None:
         stage = self.dice.randrange(self.rules.num_stages)
-        donors = [n for n, p in self.processes.items() if p.stage == stage and not p.member.is_downloading]
+        donors = [n for n, p in self.processes.items() if p.stage == stage and has_weights(p)]
         if not donors:
             return
         donor = self.dice.choice(donors)
@@ -438,18 +445,37 @@ class World:
             if n != name
             and p.stage == process.stage
             and self._can_talk(n, name)
-            and not p.member.is_downloading
+            and has_weights(p)
             and (p.member.place == place or p.member.place.epoch > place.epoch)
         ]
         if not donors:
             if self.dice.random() < 0.2:  # in vain: back to where it was, to look again
-                self._feed(name, member.Installed(process.member.place, process.member.last_commit))
+                self._feed(name, member.InVain())
             else:
                 self.bag.append(lambda: self._install(name, donor, place))
             return
         source = self.dice.choice(donors)
         process.history = list(source.history)
+        if self.dice.random() < 0.5:
+            self.fired["joined before the weights"] += 1
+            process.entered = len(process.history)
+            self._feed(name, member.Entered(source.member.place, source.member.last_commit))
+            self.bag.append(lambda: self._get_weights(name, process))
+            return
         self._feed(name, member.Installed(source.member.place, source.member.last_commit))
+
+    def _get_weights(self, name: str, process: Process) -> None:
+        """A state at or after the place where it entered; what followed it has kept."""
+        if self.processes.get(name) is not process or process.member.is_ready or process.member.is_downloading:
+            return
+        for other, source in self.processes.items():
+            steps = source.history
+            is_donor = other != name and source.stage == process.stage and has_weights(source)
+            is_ours = process.entered <= len(steps) and process.history[: len(steps)] == steps
+            if is_donor and is_ours and self._can_talk(other, name) and self.dice.random() < 0.5:
+                self._feed(name, member.Ready())
+                return
+        self.bag.append(lambda: self._get_weights(name, process))
 
     # What must hold.
 

@@ -1,12 +1,13 @@
 """A real node or trainer of a run that writes down what it does, and in which a fault may be planted.
 
     python -m tests.support.training_member node|trainer ARGUMENTS of swarm-node / swarm
-MEMBERSHIP (JSON) changes fields of MembershipConfig.
+PIECE_S slows the sending of each piece of a saved state. MEMBERSHIP (JSON) changes fields of MembershipConfig.
 TRACE (a file) gets a line of JSON for every step: epoch, lineage, digest of the weights, units in the ledger, size of the group.
 DUMP (a file, *.pt) gets the weights by name at the end of the run. FAULT (JSON) is {"on": event, "at": n, "action": ...}; events are
     send:Commit, receive:Prepare ...    a letter of that kind, before it leaves (or is taken in)
     sent:Commit                         after it has left
     hop:1                               a trainer's backward at stage 1 is done
+    piece                               a piece of a saved state is about to be sent
     stepped                             a step was taken, and written down
     added                               a gradient went into a node's ledger
 and actions SIGKILL, SIGSTOP. It fires once, at the n-th such event or later, in the first member that creates the file "token";
@@ -22,6 +23,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections import Counter
 from typing import Any
 
@@ -30,7 +32,7 @@ import torch
 from swarm.client import stage_hop
 from swarm.epoch.ledger import Added, Ledger
 from swarm.epoch.messages import Commit
-from swarm.training import links, membership
+from swarm.training import links, membership, saved_states
 from swarm.training.member_config import MembershipConfig
 
 fault: dict[str, Any] = {}
@@ -116,6 +118,7 @@ class TracedMembership(membership.Membership):
             units=getattr(self, "last_units", []),
             members=len(commit.members),
             loss=commit.loss_sum / max(commit.num_loss_tokens, 1),
+            tokens=commit.num_loss_tokens,
             downloads=self.counters.num_downloads,
             attempt=commit.attempt,
             term=commit.term.number,
@@ -126,6 +129,16 @@ class TracedMembership(membership.Membership):
             era=commit.era,
         )
         happens("stepped")
+
+
+class SlowState(saved_states.OpenState):
+    """A donor's disk, or its line."""
+
+    def read_piece(self, number: int) -> bytes:
+        piece = super().read_piece(number)
+        happens("piece")
+        time.sleep(float(os.environ.get("PIECE_S", "0")))
+        return piece
 
 
 class TracedLedger(Ledger):
@@ -151,6 +164,7 @@ def main() -> None:
     fault.update(json.loads(os.environ.get("FAULT", "null")) or {})
     membership.Links = TracedLinks  # type: ignore[misc]
     membership.Ledger = TracedLedger  # type: ignore[misc]
+    saved_states.OpenState = SlowState  # type: ignore[misc]
     if kind == "node":
         from node.cli import main as run
         from node.training import keeper, runtime

@@ -121,7 +121,7 @@ def test_a_message_that_is_too_large_is_refused_before_it_is_read() -> None:
     [
         training_pb2.MemberMessage(),
         training_pb2.MemberMessage(introduction=training_pb2.Introduction(stage=1)),
-        training_pb2.MemberMessage(get_state=training_pb2.GetState(at_least=training_pb2.Place(epoch=1))),
+        training_pb2.MemberMessage(get_snapshot=training_pb2.GetSnapshot(at_least=training_pb2.Place(epoch=1))),
         training_pb2.MemberMessage(state=training_pb2.StateHeader(num_steps=1)),
         training_pb2.MemberMessage(get_artifact=training_pb2.GetArtifact(digest=b"d")),
         training_pb2.MemberMessage(artifact=training_pb2.Artifact(num_bytes=1)),

@@ -1,0 +1,115 @@
+"""How a member that lacks its stage's state gets it from replicas: where they are at once, and a snapshot of it from their disks.
+
+    asker: GetPlace                 replica: StateHeader with place and commit: there the asker takes part, without weights yet
+    asker: GetSnapshot              replica: saves its state if it has to, and says of which place: the same for all, mostly
+    asker: GetSaved, GetPieces      saved_transfer.py, from all that have it
+
+What is averaged meanwhile the asker keeps (Checkpoints.keep_step), and applies to the snapshot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+from collections.abc import Sequence
+
+from protos import training_pb2
+from swarm.epoch.messages import Commit, Place
+from swarm.errors import BadReply, PeerFailed
+from swarm.p2p.framing import FramedStream
+from swarm.terminal import ProgressBar
+from swarm.training.links import Links
+from swarm.training.member_name import peer_of, stage_of
+from swarm.training.parameters import StageParameters, StageState
+from swarm.training.run_host import RunHost
+from swarm.training.saved_transfer import Donor, fetch_saved
+from swarm.training.wire import (
+    commit_from_wire,
+    commit_to_wire,
+    decode,
+    is_signed,
+    place_from_wire,
+    place_to_wire,
+)
+
+log = logging.getLogger(__name__)
+
+_ANSWER_TIMEOUT_S = 60.0
+
+
+async def send_place(stream: FramedStream, place: Place, commit: Commit | None) -> None:
+    """Answer GetPlace or GetSnapshot."""
+    header = training_pb2.StateHeader(place=place_to_wire(place))
+    if commit is not None:
+        header.commit.CopyFrom(commit_to_wire(commit))
+    async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+        await stream.send([training_pb2.MemberMessage(state=header).SerializeToString()])
+        await stream.receive()  # the asker ends the stream
+
+
+async def ask_place(links: Links, name: str, run_id: bytes, at_least: Place) -> tuple[Place, Commit | None]:
+    """Where a replica is, and how it came there. PeerFailed if that is before at_least; BadReply if it cannot prove it."""
+    header = await _ask(links, name, training_pb2.MemberMessage(get_place=training_pb2.GetPlace()))
+    place = place_from_wire(header.place)
+    commit = commit_from_wire(header.commit) if header.HasField("commit") else None
+    if not place.follows(commit, run_id) or (commit is not None and not is_signed(commit, run_id)):
+        raise BadReply(f"member {name[-10:]} cannot prove how it came to epoch {place.epoch}")
+    if place.is_behind(at_least):
+        raise PeerFailed(f"member {name[-10:]} is at epoch {place.epoch} of another history, or behind")
+    return place, commit
+
+
+async def fetch_snapshot(
+    run_host: RunHost, links: Links, run_id: bytes, names: Sequence[str], at_least: Place, parameters: StageParameters
+) -> tuple[Place, Commit | None, StageState]:
+    """A state at a place or beyond, from all of these replicas that have the same one. Raises PeerFailed if there is none."""
+    request = training_pb2.MemberMessage(get_snapshot=training_pb2.GetSnapshot(at_least=place_to_wire(at_least)))
+    answers = await asyncio.gather(*(_ask(links, name, request) for name in names), return_exceptions=True)
+    donors: dict[Place, list[Donor]] = collections.defaultdict(list)
+    for name, answer in zip(names, answers, strict=True):
+        if isinstance(answer, training_pb2.StateHeader):
+            donors[place_from_wire(answer.place)].append(Donor(peer_of(name), links.addresses_of(name)))
+        elif isinstance(answer, PeerFailed | TimeoutError):
+            log.info("no snapshot from member=%s reason=%s", name[-10:], answer)
+        else:
+            raise answer
+    places = [place for place in donors if not place.is_behind(at_least)]
+    if not places:
+        raise PeerFailed("no replica has a snapshot yet")
+    place = max(places, key=lambda one: (len(donors[one]), one.epoch))
+    num_vectors = len(parameters.state.tensors)
+    num_bytes = 0
+    with ProgressBar("downloading the stage's state", 4 * num_vectors * parameters.size) as bar:
+
+        def on_bytes(count: int) -> None:
+            nonlocal num_bytes
+            num_bytes += count
+            bar.advance(count)
+
+        head, vectors = await fetch_saved(
+            run_host.host, run_id, stage_of(names[0]), place, donors[place], parameters.size,
+            num_vectors=num_vectors, on_bytes=on_bytes,
+        )  # fmt: skip
+    values, first, second, *previous = vectors.unbind()
+    state = StageState(values, first, second, head.saved.num_steps, *previous)
+    if await asyncio.to_thread(state.digest) != head.saved.digest:
+        raise BadReply("the snapshot does not have the digest that was announced")
+    log.info("snapshot fetched epoch=%d donors=%d bytes=%d", place.epoch, len(donors[place]), num_bytes)
+    return place, head.saved.commit, state
+
+
+async def _ask(links: Links, name: str, request: training_pb2.MemberMessage) -> training_pb2.StateHeader:
+    """Raises PeerFailed or TimeoutError."""
+    stream = await links.open_request(name, request)
+    try:
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            raw = await stream.receive()
+        if raw is None:
+            raise PeerFailed(f"member {name[-10:]} ended the stream")
+        message = decode(raw)
+        if message.WhichOneof("kind") != "state":
+            raise BadReply(f"member {name[-10:]} answered something else")
+        return message.state
+    finally:
+        await stream.aclose()
