@@ -8,6 +8,7 @@ Events are what the network, the device and the user tell; actions are what they
 from __future__ import annotations
 
 import collections
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -253,6 +254,7 @@ class _Held:
 
 
 _MAX_HELD = 2
+_dice = random.SystemRandom()
 
 
 class Member:
@@ -272,8 +274,9 @@ class Member:
         capacity: int = 0,
         is_reachable: bool = True,
         share_out: Callable[[Sequence[float | None]], Sequence[int]] = equal_shares,
+        term_step: int = 1,
     ) -> None:
-        """commit: the one that led to the place. early: a second ledger, for runs with delay. members: peer and stage of those who are known to take part. capacity: microbatches that a trainer runs at once."""
+        """term_step: terms are so far apart, the rest is chance, so that none is one of an earlier life of ours. commit: the one that led to the place. early: a second ledger, for runs with delay. members: peer and stage of those who are known to take part. capacity: microbatches that a trainer runs at once."""
         self.me, self.stage, self.rules, self.ledger, self.capacity = me, stage, rules, ledger, capacity
         self.early = early
         self.place = place
@@ -288,6 +291,7 @@ class Member:
         self.measured: tuple[Rate, ...] = ()
         """As in Hello; the process that measures it sets it."""
         self._is_reachable, self._share_out = is_reachable, share_out
+        self._least_number, self._term_step = 0, term_step
         self._passed_over: set[str] = set()
         self._reported_term = NO_TERM
         self._attempt: tuple[Term, int] | None = None
@@ -377,6 +381,8 @@ class Member:
         self, place: Place, commit: Commit | None, members: Mapping[str, int], *, keeps_early: bool = False
     ) -> None:
         """Be at a place, at the start of its epoch. keeps_early: after a step, with what was added for it before that."""
+        # We may have led here already: the same term again would be taken for that one.
+        self._least_number = max(self._least_number, self.term.number) if place == self.place else 0
         if place != self.place:  # else it was a download in vain, and what we promised holds on
             for attempt in sorted({*self._held, *([self._attempt] if self._attempt else [])}):
                 self._forget(attempt)
@@ -414,11 +420,13 @@ class Member:
         self._lead()
 
     def _lead(self) -> None:
-        term = Term(max(self.term.number, self._reported_term.number) + 1, self.me)
+        highest = max(self.term.number, self._reported_term.number, self._least_number)
+        number = highest // self._term_step + 1
+        term = Term(number * self._term_step + _dice.randrange(self._term_step), self.me)
         present = {peer: stage for peer, stage in self.known.items() if peer not in self.lost}
         self._obey(term)
         self.leader = Coordinator(self.me, self.place, term, self.rules, present, self._share_out)
-        if term.number > 1:
+        if number > 1:
             self._actions.append(Tell(f"leading epoch={self.place.epoch} term={term.number}"))
         self._post(self.leader.start())
 

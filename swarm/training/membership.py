@@ -53,6 +53,7 @@ T = TypeVar("T")
 
 _LEAST_ANNOUNCE_PAUSE_S = 0.5
 _ASK_TIMEOUT_S = 20.0
+TERM_STEP = 2**20
 
 
 class Work(Protocol):
@@ -163,6 +164,7 @@ class Membership:
         self.member = m.Member(
             self.name, stage, rules_of(spec, spec.num_eval_samples and -(-spec.num_eval_samples // spec.microbatch)),
             ledger, start, {}, commit=self.last_commit, early=early, capacity=capacity, is_reachable=is_reachable, share_out=share_out,
+            term_step=TERM_STEP,
         )  # fmt: skip
         self.on_commit: list[Callable[[Commit], None]] = []
         self._events: asyncio.Queue[m.Event | _Snapshot] = asyncio.Queue()

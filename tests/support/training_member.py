@@ -121,7 +121,7 @@ class TracedMembership(membership.Membership):
             tokens=commit.num_loss_tokens,
             downloads=self.counters.num_downloads,
             attempt=commit.attempt,
-            term=commit.term.number,
+            term=commit.term.number // membership.TERM_STEP,
             skipped=commit.is_skipped,
             norm=commit.norm,
             bytes=self.counters.bytes_averaged,

@@ -779,6 +779,38 @@ def test_an_order_of_the_right_term_counts_only_from_its_leader() -> None:
     assert one.member.ledger.ledger_id != ledger_id
 
 
+def test_who_leads_again_where_it_has_led_leads_under_a_new_term() -> None:
+    roster = {"n0": 0, "t1": 1}
+    first = rank_leaders(PLACE, list(roster))[0]
+    one = Member(first, roster[first], Rules(num_stages=2, num_units=1), Ledger(lambda: 7, lambda: None), PLACE, roster)
+    one.start()
+    assert one.term == Term(1, first)
+    one.apply(member.Received("n9", Where(Place(7, b"w" * 5))))
+    assert one.is_downloading
+    one.apply(member.InVain())
+    assert one.leader is not None and one.term == Term(2, first), "leases of term 1 have other serials"
+
+
+def test_terms_that_are_far_apart_differ_from_those_of_an_earlier_life() -> None:
+    roster = {"n0": 0, "t1": 1}
+    first = rank_leaders(PLACE, list(roster))[0]
+    terms = set()
+    for _ in range(20):
+        one = Member(
+            first,
+            roster[first],
+            Rules(num_stages=2, num_units=1),
+            Ledger(lambda: 7, lambda: None),
+            PLACE,
+            roster,
+            term_step=2**20,
+        )
+        one.start()
+        terms.add(one.term)
+        assert one.term.number // 2**20 == 1
+    assert len(terms) > 15
+
+
 def test_who_is_told_of_a_term_of_an_earlier_life_beats_it() -> None:
     one = One()
     one.gets("t2", Redirect(PLACE, Term(7, "n1")))
