@@ -26,6 +26,7 @@ MIB = 2**20
 _FIELD_OF = {
     "run": "run_id",
     "relay": "use_relay",
+    "sessions": "serves_sessions",
     "session_idle": "session_idle_s",
     "stash_expiry": "stash_expiry_s",
     "join_timeout": "join_timeout_s",
@@ -63,6 +64,11 @@ def cli() -> None:
     "--max-memory-mib",
     type=int,
     help="Weights and caches together, when choosing blocks. Default: 60 % of what is free.",
+)
+@click.option(
+    "--sessions/--no-sessions",
+    default=True,
+    help="With --run: also serve generation, with copies of its stage's weights.",
 )
 @click.option("--max-sessions", type=int, default=64)
 @click.option("--max-sessions-per-peer", type=int, default=16)

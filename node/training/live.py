@@ -66,9 +66,13 @@ class LiveModels:
         live = self._live.get(model_digest)
         return None if live is None else live.service
 
-    def begin(self, place: Place, values: Tensor) -> None:
-        """Serve these weights, float32 [size], from soon on; they are ours. Left out while earlier ones are still being made ready."""
-        if self._config.serves_sessions and (self._publishing is None or self._publishing.done()):
+    def begin(self, place: Place, values: Tensor, is_checkpoint: bool) -> None:
+        """Serve these weights, float32 [size], from soon on; they are ours. Left out while earlier ones are still being made ready.
+
+        Only checkpoints are served: of other places not everybody has the weights.
+        """
+        is_free = self._publishing is None or self._publishing.done()
+        if self._config.serves_sessions and is_checkpoint and is_free:
             self._publishing = asyncio.create_task(self._publish(place, values))
 
     async def _publish(self, place: Place, values: Tensor) -> None:

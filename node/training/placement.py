@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from swarm.member_record import MemberRecord
 from swarm.records import ShardState
 
 
-def choose_stage(members: Iterable[MemberRecord], num_stages: int) -> int:
+def choose_stage(members: Iterable[MemberRecord], num_stages: int, saved: Collection[int] = ()) -> int:
     """The stage with the least throughput; of equals the one with the fewest replicas, then the first.
 
-    A member that has not measured itself counts as an average one.
+    A member that has not measured itself counts as an average one. saved: stages that this node has on its disk; it takes one of
+    them if there are any: perhaps nobody else has it.
     """
     present = [member for member in members if member.state != ShardState.LEAVING]
     measured = [member.tokens_per_s for member in present if member.tokens_per_s > 0]
@@ -22,7 +23,8 @@ def choose_stage(members: Iterable[MemberRecord], num_stages: int) -> int:
         if member.stage < num_stages:
             rates[member.stage] += member.tokens_per_s or average
             counts[member.stage] += 1
-    return min(range(num_stages), key=lambda stage: (rates[stage], counts[stage], stage))
+    candidates = [stage for stage in range(num_stages) if stage in saved] or range(num_stages)
+    return min(candidates, key=lambda stage: (rates[stage], counts[stage], stage))
 
 
 def is_keeper_needed(

@@ -27,7 +27,7 @@ from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host, running_host
 from swarm.run_store import RunStore
 from swarm.signals import Signals
-from swarm.training.checkpoints import Checkpoints
+from swarm.training.checkpoints import Checkpoints, saved_stages
 from swarm.training.find_run import find_run
 from swarm.training.initial import open_initial_weights
 from swarm.training.membership import Membership
@@ -71,8 +71,9 @@ class TrainingNode:
             live = LiveModels(shared, store, stage_number, self._executor, config)
             stack.push_async_callback(live.close)
             checkpoints.on_saved.append(live.begin)
-            if checkpoints.places and (newest := await checkpoints.load(checkpoints.places[0], stage.parameters)):
-                live.begin(checkpoints.places[0], newest[0].values)
+            saved = [place for place in checkpoints.places if checkpoints.is_checkpoint(place)]
+            if saved and (newest := await checkpoints.load(saved[0], stage.parameters)):
+                live.begin(saved[0], newest[0].values, is_checkpoint=True)
             service = StageService(stage, membership, self._executor, self._limits(), live)
             membership.on_commit.append(lambda commit: service.forget_graphs())
             await host.serve(NODE_PROTOCOL, service.handle)
@@ -102,7 +103,7 @@ class TrainingNode:
                 )
             return stages.index(self.config.blocks)
         members = await directory.find_members(self.run_id, range(len(stages)))
-        return choose_stage(members, len(stages))
+        return choose_stage(members, len(stages), saved_stages(store))
 
     def _load(self, store: RunStore, number: int) -> tuple[TrainableStage, float]:
         """The stage, and about how many tokens per second it trains: a backward takes twice a forward's time."""

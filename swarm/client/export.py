@@ -64,8 +64,20 @@ def export_run(
     async def fetch(host: Host, directory: Directory) -> tuple[RunStore, Place, Commit | None, list[Tensor]]:
         store = await find_run(directory, run_id, cache_dir)
         await fetch_artifacts(host, directory, store)
-        records, place = await _find_complete(directory, store.spec, run_id, epoch, timeout_s)
         layout = WeightLayout(store.spec)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            records, place = await _find_complete(directory, store.spec, run_id, epoch, timeout_s)
+            try:
+                return store, place, *await fetch_stages(host, store, layout, records, place)
+            except PeerFailed:
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(_LOOK_AGAIN_S)  # members forget older states, and their records tell of it later
+
+    async def fetch_stages(
+        host: Host, store: RunStore, layout: WeightLayout, records: Sequence[MemberRecord], place: Place
+    ) -> tuple[Commit | None, list[Tensor]]:
         values, commit = [], None
         for stage in range(store.spec.num_stages):
             donors = [Donor(r.peer_id, r.addresses) for r in records if r.stage == stage and place in r.saved]
@@ -78,7 +90,7 @@ def export_run(
                     raise PeerFailed(f"{error}: try again when a member that has it is back") from error
             commit = commit or head.saved.commit
             values.append(vectors[0])
-        return store, place, commit, values
+        return commit, values
 
     async def run() -> tuple[RunStore, Place, Commit | None, list[Tensor]]:
         config = ClientConfig(model="run", initial_peers=tuple(initial_peers), join_timeout_s=timeout_s)

@@ -58,6 +58,11 @@ class Router:
         self._warned: set[Conflict] = set()
 
     @property
+    def is_fleeting(self) -> bool:
+        """Whether the model is a state of a run, which is served until newer ones are."""
+        return self.spec.source.startswith("run:")
+
+    @property
     def all_blocks(self) -> Span:
         return Span(0, self.spec.num_blocks)
 
@@ -188,6 +193,11 @@ class Router:
         banned = [r for r in online if self.health.is_banned(r.peer_id, now=time.monotonic())]
         if banned:
             parts.append(f"{len(banned)} peer(s) that announce blocks failed just now")
+        if self.is_fleeting:
+            parts.append(
+                "these weights of the run are not served (any more): begin again with newer ones, or use `swarm chat --follow`"
+            )
+            return "; ".join(parts)
         parts.append(
             f"start a node: swarm-node run --model {self.spec.name} --initial-peers {self._config.initial_peers[0]}"
         )

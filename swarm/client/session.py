@@ -221,8 +221,10 @@ class Session:
         try:
             return await self._open_hops(lost.span, deadline, patience_s=0.0, numeric_class=lost.numeric_class)
         except (RouteBroken, Busy, SessionFull):
+            # Weights of a run go when newer ones come: nobody brings them back.
+            patience_s = self._config.patience_s if self._router.is_fleeting else None
             try:
-                return await self._open_hops(lost.span, deadline)
+                return await self._open_hops(lost.span, deadline, patience_s=patience_s)
             except RouteBroken as broken:
                 raise broken if error is None else RouteBroken(f"{error}, and {broken}") from error
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -80,17 +81,17 @@ class Checkpoints:
         self._spec, self._run_id = store.spec, store.run_id
         self._snapshots = asyncio.Lock()
         self._last_snapshot_s = -math.inf
-        self.on_saved: list[Callable[[Place, Tensor], None]] = []
-        """Are given the weights, which nobody else changes any more."""
+        self.on_saved: list[Callable[[Place, Tensor, bool], None]] = []
+        """Are given the weights, which nobody else changes any more, and whether all others save the state there, too."""
         self._saving: asyncio.Task[None] | None = None
         self.places: tuple[Place, ...] = ()
         """What is on this disk, newest first."""
 
     def resume(self, parameters: StageParameters) -> Resumed | None:
         """Go on from what is on this disk, if there is something. Raises UserError if the folder cannot be read."""
-        self._look()
         place, commit = Place(0, self._run_id), None
         newest = self.states.newest_whole(parameters)
+        self._look()
         if newest is not None:
             saved, state = newest
             try:
@@ -114,7 +115,11 @@ class Checkpoints:
         def read() -> tuple[StageState, Commit | None] | None:
             for saved in self.states.found():
                 if place == saved.place or place.follows(saved.commit, self._run_id):
-                    return self.states.load(saved, parameters), saved.commit
+                    try:
+                        return self.states.load(saved, parameters), saved.commit
+                    except UserError:
+                        self._look()  # else the others would count on it
+                        raise
             return None
 
         try:
@@ -131,6 +136,8 @@ class Checkpoints:
         if not is_based:
             await self.wait()
             await self.save(*await state_here())
+            if place not in self.places:
+                return  # without that state the sum is worth nothing
         try:
             await asyncio.to_thread(self._journal.write_sum, place, term, attempt, vector)
         except UserError as error:
@@ -188,9 +195,11 @@ class Checkpoints:
 
     def is_due(self, place: Place) -> bool:
         """Whether the state there is to be saved."""
-        is_long = len(self._journal) >= _MAX_JOURNAL
-        is_checkpoint = place.epoch % self._spec.checkpoint_every == 0 or place.epoch >= self._spec.num_epochs
-        return place.epoch > 0 and (is_checkpoint or is_long)
+        return place.epoch > 0 and (self.is_checkpoint(place) or len(self._journal) >= _MAX_JOURNAL)
+
+    def is_checkpoint(self, place: Place) -> bool:
+        """Whether all stages and the ends save the state there."""
+        return place.epoch % self._spec.checkpoint_every == 0 or place.epoch >= self._spec.num_epochs
 
     def begin(self, place: Place, commit: Commit | None, state: StageState) -> None:
         """Save in the background; the state is ours from now on. With the last one still under way this one is left out."""
@@ -210,7 +219,7 @@ class Checkpoints:
             return
         log.info("state saved epoch=%d", place.epoch)
         for callback in self.on_saved:
-            callback(place, state.values)
+            callback(place, state.values, self.is_checkpoint(place))
 
     async def prune(self, seen: Mapping[int, Collection[Place]], stage: int, num_stages: int) -> None:
         """seen: what the others have on their disks."""
@@ -233,3 +242,9 @@ def _sweep_queues(folder: Path) -> None:
         pid = path.name.split("-")[1]
         if pid.isdigit() and int(pid) != os.getpid() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def saved_stages(store: RunStore) -> set[int]:
+    """Stages of which a state is on this disk, by the names of the files alone."""
+    names = (path.name for path in (store.folder / "states").glob("stage*-epoch*.state"))
+    return {int(match[1]) for name in names if (match := re.match(r"stage([0-9]+)-", name))}

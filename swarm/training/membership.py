@@ -361,7 +361,7 @@ class Membership:
     async def _look_back(self, records: Sequence[MemberRecord]) -> None:
         """Go back to a checkpoint if the run cannot go on."""
         others = [record for record in records if (record.peer_id, record.stage) != (self.host.peer_id, self.stage)]
-        decision = self._watch.look([*others, self.record()], time.monotonic())
+        decision = self._watch.look([*others, self.record()], self.place, time.monotonic())
         if decision is None or self.checkpoints is None or not self.place.is_behind(decision.goal):
             return
         log.warning(
@@ -507,6 +507,7 @@ class Membership:
             await self.checkpoints.keep_commit(self._sign_kept(commit))
             if self.checkpoints.is_due(commit.after):
                 self.checkpoints.begin(*await self._saving())
+                self._has_news.set()
         self.counters.num_steps += not commit.is_skipped
         self.counters.num_skipped += commit.is_skipped
         self._tell(commit)

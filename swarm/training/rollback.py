@@ -78,11 +78,14 @@ class Watch:
     _seen: Place | None = None
     _since_s: float = 0.0
 
-    def look(self, records: Sequence[MemberRecord], now_s: float) -> RollBack | None:
-        """What to do; None: nothing, or nothing yet. now_s: of a clock that only goes forward."""
+    def look(self, records: Sequence[MemberRecord], own: Place, now_s: float) -> RollBack | None:
+        """What to do; None: nothing, or nothing yet. now_s: of a clock that only goes forward.
+
+        own: where this member is. Only who is at the newest place itself decides: others may invent places.
+        """
         place = newest(record.place for record in records if record.lineage)
         _, behind = lost_stages(records, self.num_stages)
-        if place != self._seen or not behind:
+        if place != self._seen or place != own or not behind:
             self._seen, self._since_s = place, now_s
             return None
         if place is None or now_s - self._since_s < self.patience_s:

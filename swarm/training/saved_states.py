@@ -9,14 +9,14 @@ Several members, of one stage or of several, may share the folder. A file, all n
     32          run id
      4  4  4    stage; number of vectors, 3 or 4; bytes H of the next but one
     32          SHA-256 of the table of pieces
-     H          StateHeader (protos/training.proto): what GetState answers with; place, commit, sizes, StageState.digest()
+     H          StateHeader (protos/training.proto): place, commit, sizes, StageState.digest()
     32          SHA-256 of all of the above
     32 each     table of pieces: the SHA-256 of each 1 MiB of what follows; the last piece may be shorter
     4 S each    float32 vectors of S parameters: weights, first moments, second moments, and weights before the last step
 
 Nothing in a file is believed before it is checked, and no size before it fits the file's; nothing is unpickled. The commit proves
 that the history is one of this run, the digest that the bytes are those that were saved. That whoever saved them computed rightly
-is not proven: whoever can write the folder can forge a state, as a replica can that is asked for one (state_transfer.py).
+is not proven: whoever can write the folder can forge a state, as a replica can that is asked for one.
 
 Replicas that are equal to the bit write files that are equal to the bit, so that pieces from several of them fit together.
 """
@@ -141,6 +141,9 @@ class SavedStates:
             raise ValueError(f"a run id has {RUN_ID_BYTES} bytes, got {len(run_id)}")
         self.folder = folder
         self._run_id, self._stage = run_id, stage
+        self._damaged: set[tuple[int, ...]] = set()
+        """Files whose vectors turned out to be wrong."""
+        self._told: set[tuple[Path, str, tuple[int, ...]]] = set()
 
     def save(self, place: Place, commit: Commit | None, state: StageState) -> SavedAt:
         """Keep a state, which nobody may change meanwhile. Nothing is written if it is there already, and whole.
@@ -168,8 +171,8 @@ class SavedStates:
     def found(self) -> list[SavedAt]:
         """Every saved state whose header is right and whose size fits it, the newest first: as Place.is_behind says.
 
-        Whatever else lies there is skipped with a line in the log, but for files of other stages. Raises UserError if the
-        folder cannot be read.
+        Whatever else lies there is skipped with a line in the log, once, but for files of other stages; and so is what `load`
+        found to be damaged. Raises UserError if the folder cannot be read.
         """
         found = []
         for path in self._list():
@@ -177,11 +180,12 @@ class SavedStates:
                 continue
             try:
                 with _open(path) as file:
-                    found.append(self._read_header(file, path))
+                    if _identity(os.fstat(file.fileno())) not in self._damaged:
+                        found.append(self._read_header(file, path))
             except FileNotFoundError:
                 continue  # another member has just removed it
             except (OSError, ValueError) as error:
-                log.warning("saved state skipped file=%s reason=%s", path, _reason(error))
+                self._tell_skipped(path, _reason(error))
         return sorted(found, key=lambda saved: (-saved.place.era, -saved.place.epoch, saved.place.lineage))
 
     def load(self, saved: SavedAt, parameters: StageParameters) -> StageState:
@@ -197,8 +201,9 @@ class SavedStates:
                 file.seek(saved.num_bytes - saved.payload_bytes)
                 for tensor in state.tensors:
                     _fill(file, tensor.numpy().data.cast("B"))
-            if state.digest() != saved.digest:
-                raise ValueError("the vectors do not have the digest that the header names")
+                if state.digest() != saved.digest:
+                    self._damaged.add(_identity(os.fstat(file.fileno())))
+                    raise ValueError("the vectors do not have the digest that the header names")
         except (OSError, ValueError) as error:
             raise _damaged(saved.path, error) from error
         return state
@@ -209,8 +214,16 @@ class SavedStates:
             try:
                 return saved, self.load(saved, parameters)
             except UserError as error:
-                log.warning("saved state skipped file=%s reason=%s", saved.path, error)
+                self._tell_skipped(saved.path, str(error))
         return None
+
+    def _tell_skipped(self, path: Path, reason: str) -> None:
+        """Once for each file: members look at the folder again and again."""
+        with contextlib.suppress(FileNotFoundError):
+            what = path, reason, _identity(path.lstat())
+            if what not in self._told:
+                self._told.add(what)
+                log.warning("saved state skipped file=%s reason=%s", path, reason)
 
     def open(self, saved: SavedAt) -> OpenState:
         """Its pieces, to send them to others; to be closed. Raises UserError if the file is damaged or gone."""
@@ -460,6 +473,11 @@ def _open(path: Path, mode: Literal["rb", "r+b"] = "rb") -> FileIO:
             raise ValueError("it is no plain file")
         stack.pop_all()
         return file
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """Of a file as it is: who writes its state again makes another one."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read_at(file: FileIO, start: int, num_bytes: int) -> bytes:

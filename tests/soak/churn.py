@@ -87,11 +87,9 @@ class Churn:
         return f"froze a {name} for two steps"
 
     def pss_mib(self) -> list[float]:
-        found = []
-        for process in self.steady:
-            tree = [process.pid, *process.p2pd_pids()]
-            found.append(sum(psutil.Process(pid).memory_full_info().pss for pid in tree) / 2**20)
-        return found
+        """Of each steady member's own process, then of each one's p2pd."""
+        pids = [process.pid for process in self.steady] + [process.p2pd_pids()[0] for process in self.steady]
+        return [psutil.Process(pid).memory_full_info().pss / 2**20 for pid in pids]
 
 
 def slope_per_100(points: list[tuple[int, float]]) -> float:
@@ -139,7 +137,7 @@ def main() -> int:
             server.close()
     final = statistics.mean(steps[epoch]["loss"] for epoch in range(options.epochs - 3, options.epochs))
     half = [(epoch, values) for epoch, values in memory if epoch >= options.epochs // 2]
-    slopes = [slope_per_100([(epoch, values[i]) for epoch, values in half]) for i in range(3)]
+    slopes = [slope_per_100([(epoch, values[i]) for epoch, values in half]) for i in range(6)]
     report = {
         "seed": options.seed,
         "epochs": options.epochs,
@@ -150,7 +148,9 @@ def main() -> int:
         **churn.counts,
         "members_that_downloaded": downloads,
         "longest_stall_s": round(churn.longest_stall_s, 1),
-        "pss_slope_mib_per_100_epochs": [round(slope, 2) for slope in slopes],
+        "python_pss_slope_mib_per_100_epochs": [round(slope, 2) for slope in slopes[:3]],
+        "p2pd_pss_slope_mib_per_100_epochs": [round(slope, 2) for slope in slopes[3:]],
+        "pss_mib_at_end": [round(value, 1) for value in memory[-1][1]],
     }
     print(json.dumps(report))
     broken = []

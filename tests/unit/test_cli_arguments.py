@@ -181,6 +181,19 @@ def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_defau
     assert config.max_sessions_per_peer == NodeConfig(model="x").max_sessions_per_peer  # default
 
 
+@pytest.mark.parametrize(
+    ("flags", "variable", "serves"),
+    [([], None, True), (["--no-sessions"], None, False), ([], "false", False), (["--sessions"], "false", True)],
+)
+def test_a_node_that_trains_serves_sessions_unless_it_is_told_not_to(
+    started: list[NodeConfig], monkeypatch: pytest.MonkeyPatch, flags: list[str], variable: str | None, serves: bool
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("SHARDSWARM_NODE_SESSIONS", variable)
+    assert run_node_cli("--run", "ab" * 32, *flags).exit_code == 0
+    assert started[0].serves_sessions is serves
+
+
 def test_the_initial_peers_may_come_from_one_variable_for_all_programs(
     started: list[NodeConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,10 +49,10 @@ def test_a_run_that_goes_on_or_waits_for_somebody_is_left_alone() -> None:
         place = at(100 + second)
         records = [*run_at(place, at(100)), member("late", 1, at(99 + second), at(100))]
         records[1] = member("m1", 1, at(99 + second), at(100))
-        assert watch.look(records, second) is None
+        assert watch.look(records, place, second) is None
     watch = Watch(NUM_STAGES, PATIENCE_S)
     for second in range(0, 300, 5):  # a stage has nobody at all: whoever comes may bring its state
-        assert watch.look(run_at(at(120), at(100))[1:], second) is None
+        assert watch.look(run_at(at(120), at(100))[1:], at(120), second) is None
     assert lost_stages(run_at(at(120))[1:], NUM_STAGES) == ([0], [])
 
 
@@ -61,20 +61,26 @@ def test_a_run_that_stands_still_goes_back_to_the_newest_place_that_all_have() -
     records = run_at(at(120), at(80), at(90), at(100))
     records[1] = member("newcomer", 1, Place(0, b"r" * 32), at(90), at(80))
     assert lost_stages(records, NUM_STAGES) == ([], [1])
-    assert watch.look(records, 0) is None and watch.look(records, PATIENCE_S - 1) is None
-    decision = watch.look(records, PATIENCE_S)
+    assert watch.look(records, at(120), 0) is None and watch.look(records, at(120), PATIENCE_S - 1) is None
+    decision = watch.look(records, at(120), PATIENCE_S)
     assert decision is not None and decision.base == at(90) and decision.lost == (1,) and decision.newest == at(120)
     assert decision.goal == at(90).rolled_back(1)
     later = [*records, member("first", 0, decision.goal, at(90))]  # somebody has gone there already
-    assert watch.look(later, PATIENCE_S + 1) is None, "the others follow, and nobody goes further"
+    assert watch.look(later, at(120), PATIENCE_S + 1) is None, "the others follow, and nobody goes further"
     assert newest(record.place for record in later) == decision.goal
+
+
+def test_one_who_invents_a_far_place_moves_nobody() -> None:
+    watch = Watch(NUM_STAGES, PATIENCE_S)
+    records = [*run_at(at(120), at(100)), member("liar", 0, at(10**9, history="z"), at(100))]
+    assert [watch.look(records, at(120), second) for second in (0, 100, 1000)] == [None] * 3
 
 
 def test_without_a_place_that_all_have_nobody_goes_anywhere() -> None:
     watch = Watch(NUM_STAGES, PATIENCE_S)
     records = run_at(at(120), at(100))
     records[1] = member("newcomer", 1, Place(0, b"r" * 32))
-    assert [watch.look(records, second) for second in (0, 100, 1000)] == [None] * 3
+    assert [watch.look(records, at(120), second) for second in (0, 100, 1000)] == [None] * 3
 
 
 def test_leaving_members_count_for_nothing_but_their_disks() -> None:

@@ -34,6 +34,12 @@ def test_a_node_takes_the_stage_with_the_least_throughput(members: list[MemberRe
     assert choose_stage(members, 2) == chosen
 
 
+def test_a_node_that_comes_back_takes_the_stage_that_is_on_its_disk() -> None:
+    members = [node("a", 1), node("b", 1)]
+    assert choose_stage(members, 3, {1}) == 1 and choose_stage(members, 3, {1, 2, 3}) == 2
+    assert choose_stage(members, 3, {3}) == 0, "the ends alone are no stage"
+
+
 def keepers_among(names: list[str], members: list[MemberRecord], num_keepers: int = 2) -> list[str]:
     keeping = {member.peer_id for member in members if member.is_keeper}
     return [name for name in names if is_keeper_needed(name, members, RUN, ENDS, num_keepers, name in keeping)]
