@@ -24,7 +24,9 @@ async def serve_bootstrap(config: HostConfig, initial_peers: tuple[str, ...]) ->
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with running_host(config) as host:
-        directory = await Directory.join(host, list(initial_peers), serves=True, timeout_s=JOIN_TIMEOUT_S)
+        # SHARDSWARM_INITIAL_PEERS names this very peer on the machine where it was first started.
+        others = [peer for peer in initial_peers if not peer.endswith(f"/p2p/{host.peer_id}")]
+        directory = await Directory.join(host, others, serves=True, timeout_s=JOIN_TIMEOUT_S)
         addresses = await host.addresses()
         print("READY " + json.dumps({"peer_id": host.peer_id, "addresses": addresses, "pid": os.getpid()}), flush=True)
         print(_how_to_join(addresses), file=sys.stderr, flush=True)

@@ -82,7 +82,8 @@ def test_the_peer_id_is_the_same_after_a_restart_and_after_a_kill(bootstraps: Bo
     p2pd = first.p2pd_pids()
     first.send(signal.SIGKILL)
     first.wait(5)
-    second = bootstraps.start("a", real_command=True)
+    # As where SHARDSWARM_INITIAL_PEERS holds its own address.
+    second = bootstraps.start("a", "--initial-peers", first.address, real_command=True)
     assert second.peer_id == peer_id
     wait_until(lambda: not any(map(is_alive, p2pd)), 5, "the killed peer's p2pd gone")
     assert directories_of(first.pid) == [], "swept by the second start"
