@@ -250,7 +250,8 @@ class Coordinator:
         if known is not None and (known.ledger_id, known.early_ledger_id) != (hello.ledger_id, hello.early_ledger_id):
             letters += self.lose(peer)
         elif known is not None:
-            known.capacity, known.is_ready = hello.capacity, hello.is_ready
+            # An older letter may come later. Who loses its weights starts other ledgers.
+            known.capacity, known.is_ready = hello.capacity, known.is_ready or hello.is_ready
             known.is_reachable, known.measured = hello.is_reachable, hello.measured
             return self._go_on()
         results = {result.unit: result for result in hello.results if result.is_sound}

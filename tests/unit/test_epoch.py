@@ -469,6 +469,22 @@ def test_a_hello_that_names_another_ones_ledger_does_not_touch_that_ledger() -> 
     assert led.say("n0", hello("n0", units=frozenset({0}))) == []
 
 
+def test_who_has_no_weights_yet_is_given_nothing_but_takes_part_in_the_round() -> None:
+    led = Led(Rules(num_stages=2, num_units=8), n1={"is_ready": False})
+    assert {owner.peer for _, lease in led.leases().values() for owner in lease.owners} == {"n0"}
+    led.say("n1", hello("n1"))
+    led.finish(0)
+    led.finish(1)
+    owners = {unit: lease.owners[0].peer for unit, (_, lease) in led.leases().items()}
+    assert set(owners.values()) == {"n0", "n1"}
+    led.say("n1", hello("n1", is_ready=False))  # an older letter that comes late
+    unit = next(unit for unit, owner in owners.items() if owner == "n1")
+    trainer, lease = led.leases()[unit]
+    led.say(trainer, Failed(PLACE, TERM, unit, lease.serial, "", "no answer"))
+    _, again = led.leases()[unit]
+    assert again.serial > lease.serial and again.owners == lease.owners, "a ledger that may hold it keeps a microbatch"
+
+
 def test_shares_follow_what_was_measured_of_each_replica_and_who_cannot_be_reached_sums_nothing() -> None:
     seen: list[Sequence[float | None]] = []
 
