@@ -153,6 +153,8 @@ class Membership:
         self.config = config or MembershipConfig()
         self.counters = Counters()
         self.is_keeper = is_keeper
+        if checkpoints is not None:
+            checkpoints.on_saved.append(lambda *_: self._has_news.set())
         self.checkpoints = checkpoints
         self.last_commit = resumed.commit if resumed is not None else None
         self.tokens_per_s = 0.0
@@ -507,7 +509,6 @@ class Membership:
             await self.checkpoints.keep_commit(self._sign_kept(commit))
             if self.checkpoints.is_due(commit.after):
                 self.checkpoints.begin(*await self._saving())
-                self._has_news.set()
         self.counters.num_steps += not commit.is_skipped
         self.counters.num_skipped += commit.is_skipped
         self._tell(commit)

@@ -30,7 +30,10 @@ def test_a_joiner_whose_download_lasts_for_epochs_misses_none_of_them_though_a_d
         donors = [
             training.start_node(0, cache=tmp_path / f"donor{number}", fault=fault, PIECE_S="1.0") for number in (0, 1)
         ]
-        other, trainer = training.start_node(1), training.start_trainer()
+        other = training.start_node(1)
+        for node in (*donors, other):  # so that none of them is a joiner
+            node.ready()
+        trainer = training.start_trainer()
         wait_until(lambda: len(training.steps_of(trainer)) >= 4, 60, "the run goes on")
         joiner = training.start_node(0, cache=tmp_path / "joiner")
         wait_until(lambda: training.victim() is not None, 60, "a donor dies while it gives")

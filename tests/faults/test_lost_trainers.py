@@ -67,7 +67,18 @@ def test_new_trainers_go_on_when_all_others_and_their_files_are_gone(
 def check_export(training: TrainingSwarm, nodes: list[Process], trainer: Process, folder: Path) -> None:
     """With no trainer there, what nodes have on their disks makes a checkpoint of the replicas' very bytes."""
     out = folder / "exported"
-    command = [sys.executable, "-m", "swarm", "export", "--run", training.run_id, "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "swarm",
+        "export",
+        "--run",
+        training.run_id,
+        "--out",
+        str(out),
+        "--epoch",
+        str(NUM_EPOCHS),
+    ]
     command += ["--initial-peers", training.swarm.initial_peers[0], "--cache-dir", str(folder / "stranger")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

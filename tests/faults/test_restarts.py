@@ -19,7 +19,7 @@ from tests.support.one_process_training import samples_of_run, train_in_one_proc
 from tests.support.processes import Process, local_swarm, wait_until
 from tests.support.training_swarm import TrainingSwarm, largest_error, make_run, weights_of_run
 
-NUM_EPOCHS = 40
+NUM_EPOCHS = 32
 QUICK = json.dumps({"roll_back_after_s": 4.0, "record_lifetime_s": 6.0})
 
 
@@ -70,8 +70,10 @@ def test_the_only_replica_of_a_stage_killed_at_a_commit_comes_back_from_its_disk
         assert steps_before >= 8
         back = training.start_node(0, cache=tmp_path / "disk")
         check_end(training, [back, other], trainer)
-        assert f"going on from this disk epoch={steps_before}" in back.log
-        assert min(training.steps_of(back)) == steps_before  # it lost no step, and nobody went back
+        resumed = re.search(r"going on from this disk epoch=(\d+)", back.log)
+        # It may have died after a step was in its journal and before it was in its trace.
+        assert resumed is not None and int(resumed[1]) - steps_before in (0, 1), back.log[-2000:]
+        assert min(training.steps_of(back)) == int(resumed[1])  # it lost no step, and nobody went back
         for member in (back, other, trainer):
             assert all(step["downloads"] == 0 and step["era"] == 0 for step in training.steps_of(member).values())
 

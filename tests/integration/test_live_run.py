@@ -21,7 +21,7 @@ from tests.support.fork_server import ForkServer
 from tests.support.processes import Process, local_swarm, wait_until
 from tests.support.training_swarm import TrainingSwarm, make_run
 
-NUM_EPOCHS = 90
+NUM_EPOCHS = 60
 EVERY = 15
 PROMPT = "Alice was"
 

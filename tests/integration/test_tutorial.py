@@ -313,7 +313,10 @@ def test_a_newcomer_who_types_the_tutorial_gets_a_model(friends: Friends) -> Non
         shown.setdefault(" ".join(command.split()[:2]), []).append(said)
 
     losses = [json.loads(line)["loss"] for line in (friends.files / "loss.jsonl").read_text().splitlines()]
-    assert len(losses) == NUM_EPOCHS and statistics.mean(losses[-5:]) < statistics.mean(losses[:5]) - 0.3, losses
+    # A step that a member heard of only from the state that it got is not in its log.
+    assert (
+        NUM_EPOCHS - 3 <= len(losses) <= NUM_EPOCHS and statistics.mean(losses[-5:]) < statistics.mean(losses[:5]) - 0.3
+    ), losses
 
     first_status, lonely_status = shown["swarm status"]
     assert f"of {NUM_EPOCHS} epochs done" in first_status and "warning" not in first_status
