@@ -84,7 +84,9 @@ def test_both_halves_of_a_cut_network_go_on_and_follow_the_longer_history_when_i
             training = TrainingSwarm(swarm, store, tmp_path / "run")
             halves: list[list[Process]] = []
             for name, address in zip(cable.names, listen, strict=True):
-                where: Any = {"NETNS": name}
+                disk = tmp_path / f"disk of {name}"  # no half finds what the other saved
+                shutil.copytree(tmp_path / "run" / "cache", disk)
+                where: Any = {"NETNS": name, "cache": disk}
                 nodes = [training.start_node(stage, "--listen", address, **where) for stage in (0, 1)]
                 halves.append([*nodes, training.start_trainer("--listen", address, **where)])
             everybody = [*halves[0], *halves[1]]

@@ -286,7 +286,7 @@ def friends(tmp_path: Path, fork_server: ForkServer) -> Iterator[Friends]:
     made = Friends(tmp_path, fork_server)
     yield made
     made.close()
-    wait_until(lambda: not fork_server.running(), 20, "everything ends")
+    wait_until(lambda: not fork_server.running(), 60, "everything ends")
 
 
 def test_the_page_is_made_of_blocks_that_say_where_they_belong() -> None:
