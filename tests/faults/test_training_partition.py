@@ -24,7 +24,7 @@ from tests.support.training_swarm import TrainingSwarm, largest_error, make_run,
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2"
 )
-NUM_EPOCHS = 60
+NUM_EPOCHS = 60  # the half that notices first runs on for seconds
 
 
 def ip(*arguments: str) -> None:
@@ -74,7 +74,7 @@ def test_both_halves_of_a_cut_network_go_on_and_follow_the_longer_history_when_i
     tmp_path: Path, fault_root: Path, fork_server: ForkServer
 ) -> None:
     env = {"TMPDIR": str(fault_root)}
-    store = make_run(tmp_path / "run", min_replicas=2, **{"end.epochs": NUM_EPOCHS, "target_batch": 4})
+    store = make_run(tmp_path / "run", min_replicas=2, **{"end.epochs": NUM_EPOCHS, "target_batch": 16})
     with Cable().laid() as cable:
         listen = [f"/ip4/{address}/tcp/0" for address in cable.addresses]
         command = ["ip", "netns", "exec", cable.names[0], sys.executable, "-m", "bootstrap", "--listen", listen[0]]
