@@ -19,6 +19,7 @@ from torch import Tensor
 
 from swarm.epoch.messages import Commit, Place, Term
 from swarm.errors import BadRequest, UserError
+from swarm.run_orders import open_orders
 from swarm.run_store import RunStore
 from swarm.training.journal import Journal, KeptSum
 from swarm.training.outcome import apply_commit
@@ -78,7 +79,7 @@ class Checkpoints:
         _sweep_queues(store.folder)
         self._journal_end: Place | None = None
         """Up to which a restart comes by the journal."""
-        self._spec, self._run_id = store.spec, store.run_id
+        self._store, self._run_id = store, store.run_id
         self._snapshots = asyncio.Lock()
         self._last_snapshot_s = -math.inf
         self.on_saved: list[Callable[[Place, Tensor, bool], None]] = []
@@ -100,7 +101,7 @@ class Checkpoints:
             except BadRequest as error:
                 log.warning("saved state not used file=%s reason=%s", saved.path, error)
         for step, kept in self._journal.steps_after(place):
-            apply_commit(parameters, self._spec, step, None if kept is None else kept.vector)
+            apply_commit(parameters, self._store, step, None if kept is None else kept.vector)
             place, commit = step.after, step
             self._journal_end = place
         held = self._journal.read_sum(place)
@@ -170,7 +171,7 @@ class Checkpoints:
         """Take the kept steps after a place, where the parameters are. Where they are then, and the last commit (None: no step)."""
         last: Commit | None = None
         for commit, kept in self._queue.steps_after(place) if self._queue is not None else ():
-            apply_commit(parameters, self._spec, commit, None if kept is None else kept.vector)
+            apply_commit(parameters, self._store, commit, None if kept is None else kept.vector)
             place, last = commit.after, commit
         return place, last
 
@@ -193,13 +194,15 @@ class Checkpoints:
             await self.save(*await state_here())
             return next((place for place in self.places if not place.is_behind(at_least)), None)
 
-    def is_due(self, place: Place) -> bool:
-        """Whether the state there is to be saved."""
-        return place.epoch > 0 and (self.is_checkpoint(place) or len(self._journal) >= _MAX_JOURNAL)
+    def is_due(self, commit: Commit) -> bool:
+        """Whether the state after a commit is to be saved."""
+        return self.is_checkpoint(commit) or len(self._journal) >= _MAX_JOURNAL
 
-    def is_checkpoint(self, place: Place) -> bool:
-        """Whether all stages and the ends save the state there."""
-        return place.epoch % self._spec.checkpoint_every == 0 or place.epoch >= self._spec.num_epochs
+    def is_checkpoint(self, commit: Commit) -> bool:
+        """Whether all stages and the ends save the state after a commit."""
+        spec, epoch = self._store.spec, commit.after.epoch
+        orders = open_orders(commit.orders, self._run_id, self._store.owner)
+        return epoch % spec.checkpoint_every == 0 or epoch >= orders.num_epochs(spec, epoch)
 
     def begin(self, place: Place, commit: Commit | None, state: StageState) -> None:
         """Save in the background; the state is ours from now on. With the last one still under way this one is left out."""
@@ -219,7 +222,7 @@ class Checkpoints:
             return
         log.info("state saved epoch=%d", place.epoch)
         for callback in self.on_saved:
-            callback(place, state.values, self.is_checkpoint(place))
+            callback(place, state.values, commit is not None and self.is_checkpoint(commit))
 
     async def prune(self, seen: Mapping[int, Collection[Place]], stage: int, num_stages: int) -> None:
         """seen: what the others have on their disks."""
