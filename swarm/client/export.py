@@ -27,6 +27,7 @@ from swarm.training.artifacts import fetch_artifacts
 from swarm.training.checkpoints import is_complete
 from swarm.training.find_run import find_run
 from swarm.training.hf_checkpoint import WeightLayout, write_hf_checkpoint
+from swarm.training.rollback import newest
 from swarm.training.saved_transfer import Donor, fetch_saved
 
 log = logging.getLogger(__name__)
@@ -119,8 +120,8 @@ async def _find_complete(
             seen[record.stage].update(record.saved)
         complete = [place for place in seen[0] if is_complete(place, seen, spec.num_stages)]
         wanted = [place for place in complete if epoch in (None, place.epoch)]
-        if wanted:
-            return records, max(wanted, key=lambda place: (place.epoch, place.lineage))
+        if (place := newest(wanted)) is not None:
+            return records, place
         if time.monotonic() > deadline:
             raise UserError(_what_is_missing(spec, seen, complete, epoch))
         await asyncio.sleep(_LOOK_AGAIN_S)

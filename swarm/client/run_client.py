@@ -31,7 +31,7 @@ async def served_places(directory: Directory, store: RunStore) -> list[Place]:
     spec = store.spec
     records = await directory.find_members(store.run_id, range(spec.num_stages))
     saved = saved_by_stage(records)
-    places = sorted(saved.get(spec.ends_stage, ()), key=lambda place: (-place.era, -place.epoch, place.lineage))
+    places = sorted(saved.get(spec.ends_stage, ()), key=lambda place: place.rank)
     found = []
     for place in places:
         shards = await directory.find_blocks(run_model_digest(store.run_id, spec, place), range(spec.num_blocks))

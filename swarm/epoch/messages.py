@@ -33,12 +33,14 @@ class Place:
     era: int = field(default=0, compare=False)
     """How often this history was rolled back; the lineage says all, and this who has to follow."""
 
-    def is_behind(self, other: Place) -> bool:
-        """Whether who is here has to go there when the two meet.
+    @property
+    def rank(self) -> tuple[int, int, bytes]:
+        """The smaller one is to be followed: that of the newer era, else of the longer history, and of equals of the smaller hash."""
+        return (-self.era, -self.epoch, self.lineage)
 
-        A history that was rolled back is left behind; else the longer one wins, and of equals the smaller hash.
-        """
-        return (self.era, self.epoch, other.lineage) < (other.era, other.epoch, self.lineage)
+    def is_behind(self, other: Place) -> bool:
+        """Whether who is here has to go there when the two meet."""
+        return other.rank < self.rank
 
     def rolled_back(self, era: int) -> Place:
         """Where a run goes on that was rolled back to here. Whoever decides so comes to the same place."""

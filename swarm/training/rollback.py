@@ -18,11 +18,7 @@ from swarm.training.checkpoints import is_complete
 
 def newest(places: Iterable[Place]) -> Place | None:
     """Where everybody has to go in the end."""
-    found: Place | None = None
-    for place in places:
-        if found is None or found.is_behind(place):
-            found = place
-    return found
+    return min(places, key=lambda place: place.rank, default=None)
 
 
 def saved_by_stage(records: Iterable[MemberRecord]) -> dict[int, set[Place]]:
