@@ -27,7 +27,7 @@ from swarm.training.artifacts import fetch_artifacts
 from swarm.training.find_run import find_run
 from swarm.training.hf_checkpoint import WeightLayout, write_hf_checkpoint
 from swarm.training.rollback import complete_places, newest, saved_by_stage
-from swarm.training.saved_transfer import Donor, fetch_saved
+from swarm.training.saved_transfer import donors_of, fetch_saved
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def export_run(
     ) -> tuple[Commit | None, list[Tensor]]:
         values, commit = [], None
         for stage in range(store.spec.num_stages):
-            donors = [Donor(r.peer_id, r.addresses) for r in records if r.stage == stage and place in r.saved]
+            donors = donors_of(records, stage, place)
             size = layout.size(stage)
             what = "the ends" if stage == store.spec.ends_stage else f"stage {stage}"
             with ProgressBar(f"fetching {what} of epoch {place.epoch}", 4 * size) as bar:

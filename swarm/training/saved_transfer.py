@@ -12,7 +12,7 @@ import asyncio
 import collections
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from protos import training_pb2
 from swarm.epoch.messages import Place
 from swarm.errors import BadReply, PeerFailed, UserError
+from swarm.member_record import MemberRecord
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host
 from swarm.training.member_config import RUN_PROTOCOL
@@ -47,6 +48,11 @@ class Donor:
 
     peer_id: str
     addresses: tuple[str, ...]
+
+
+def donors_of(records: Iterable[MemberRecord], stage: int, place: Place) -> list[Donor]:
+    """Who says that it has the state of a stage at a place."""
+    return [Donor(r.peer_id, r.addresses) for r in records if r.stage == stage and place in r.saved]
 
 
 async def send_saved(stream: FramedStream, states: SavedStates, request: training_pb2.GetSaved) -> None:
