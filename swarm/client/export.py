@@ -99,8 +99,7 @@ def export_run(
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         store, place, commit, values = runner.run(run())
-    loss = commit.loss_sum / commit.num_loss_tokens if commit is not None and commit.num_loss_tokens else None
-    eval_loss = commit.eval_loss_sum / commit.num_eval_tokens if commit is not None and commit.num_eval_tokens else None
+    loss, eval_loss = (None, None) if commit is None else (commit.loss, commit.eval_loss)
     write_hf_checkpoint(
         store, values, out, epoch=place.epoch, lineage=place.lineage, dtype=dtype, loss=loss, eval_loss=eval_loss
     )

@@ -150,6 +150,16 @@ class Commit:
         return hasher.digest()
 
     @property
+    def loss(self) -> float | None:
+        """Mean per token, of the weights before the step; None of no tokens."""
+        return self.loss_sum / self.num_loss_tokens if self.num_loss_tokens else None
+
+    @property
+    def eval_loss(self) -> float | None:
+        """The same of held-out data."""
+        return self.eval_loss_sum / self.num_eval_tokens if self.num_eval_tokens else None
+
+    @property
     def before(self) -> Place:
         return Place(self.epoch, self.parent, self.era)
 

@@ -300,7 +300,7 @@ class Membership:
             era=self.place.era,
             expires_at=time.time() + self.config.record_lifetime_s,
             tokens_per_s=self.tokens_per_s,
-            loss=None if commit is None or not commit.num_loss_tokens else commit.loss_sum / commit.num_loss_tokens,
+            loss=None if commit is None else commit.loss,
             addresses=self._addresses,
             is_keeper=self.is_keeper,
             saved=() if self.checkpoints is None else self.checkpoints.places[:MAX_SAVED],
@@ -516,10 +516,10 @@ class Membership:
     def _tell(self, commit: Commit) -> None:
         self.last_commit = commit
         self.work.stepped(commit)
-        mean = commit.loss_sum / commit.num_loss_tokens if commit.num_loss_tokens else math.nan
+        loss = math.nan if commit.loss is None else commit.loss
         log.info(
             "step epoch=%d loss=%.4f norm=%.4f members=%d attempt=%d%s",
-            commit.epoch, mean, commit.norm, len(commit.members), commit.attempt, " skipped" if commit.is_skipped else "",
+            commit.epoch, loss, commit.norm, len(commit.members), commit.attempt, " skipped" if commit.is_skipped else "",
         )  # fmt: skip
         for callback in self.on_commit:
             callback(commit)
