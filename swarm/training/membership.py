@@ -42,6 +42,7 @@ from swarm.training.member_config import MembershipConfig
 from swarm.training.member_name import member_name, peer_of, stage_of
 from swarm.training.outcome import apply_commit
 from swarm.training.parameters import GradientSum, StageParameters, StageState, gradient_digest, square_norm
+from swarm.training.requests import Donor
 from swarm.training.rollback import Watch, saved_by_stage
 from swarm.training.run_host import RunHost
 from swarm.training.saved_transfer import send_saved
@@ -546,7 +547,8 @@ class Membership:
         for name in candidates if self.checkpoints is not None else ():
             try:
                 async with asyncio.timeout(_ASK_TIMEOUT_S):
-                    place, commit = await ask_place(self._links, name, self.run_id, order.place)
+                    donor = self._donor(name)
+                    place, commit = await ask_place(self.host, donor, self.run_id, self.stage, order.place)
             except (PeerFailed, TimeoutError) as error:
                 log.info("no state from member=%s reason=%s", name[-10:], error)
                 continue
@@ -563,7 +565,7 @@ class Membership:
         while time.monotonic() < deadline:
             try:
                 place, commit, state = await fetch_snapshot(
-                    self.run_host, self._links, self.run_id, candidates, at_least, self.parameters
+                    self.host, list(map(self._donor, candidates)), self.run_id, self.stage, at_least, self.parameters
                 )
             except (PeerFailed, TimeoutError) as error:
                 log.info("no snapshot yet reason=%s", error)
@@ -575,6 +577,9 @@ class Membership:
         raise UserError(
             f"no replica of stage {self.stage} gave its state within {self.config.download_timeout_s:.0f} s"
         )
+
+    def _donor(self, name: str) -> Donor:
+        return Donor(peer_of(name), self._links.addresses_of(name))
 
     async def _keep_step(self, commit: Commit, held: Exchanged | None) -> None:
         assert self.checkpoints is not None
