@@ -47,17 +47,18 @@ def donors_of(records: Iterable[MemberRecord], stage: int, place: Place) -> list
 
 async def send_saved(stream: FramedStream, states: SavedStates, request: training_pb2.GetSaved) -> None:
     """Answer GetSaved, and the requests for pieces that follow."""
-    place = place_from_wire(request.place)
     try:
-        saved = next((one for one in await asyncio.to_thread(states.found) if one.place == place), None)
-        if saved is None:
-            await stream.fail(f"the state of epoch {place.epoch} is not on this disk (any more)")
-            return
-        opened = await asyncio.to_thread(states.open, saved)
+        await _send_pieces(stream, states, place_from_wire(request.place))
     except UserError as error:
         await stream.fail(str(error)[:200])
-        return
-    with opened:
+
+
+async def _send_pieces(stream: FramedStream, states: SavedStates, place: Place) -> None:
+    """The head, and then what is asked for. Raises UserError if that is not on this disk, or damaged."""
+    saved = next((one for one in await asyncio.to_thread(states.found) if one.place == place), None)
+    if saved is None:
+        raise UserError(f"the state of epoch {place.epoch} is not on this disk (any more)")
+    with await asyncio.to_thread(states.open, saved) as opened:
         head = await asyncio.to_thread(opened.read_head)
         answer = training_pb2.MemberMessage(saved=training_pb2.SavedState(head_bytes=len(head)))
         async with asyncio.timeout(_TIMEOUT_S):
@@ -69,14 +70,9 @@ async def send_saved(stream: FramedStream, states: SavedStates, request: trainin
                 return
             wanted = decode(raw).get_pieces
             if not (0 < wanted.count <= MAX_PIECES_PER_REQUEST and wanted.first + wanted.count <= saved.num_pieces):
-                await stream.fail("there are no such pieces")
-                return
+                raise UserError("there are no such pieces")
             for number in range(wanted.first, wanted.first + wanted.count):
-                try:
-                    piece = await asyncio.to_thread(opened.read_piece, number)
-                except UserError as error:
-                    await stream.fail(str(error)[:200])
-                    return
+                piece = await asyncio.to_thread(opened.read_piece, number)
                 async with asyncio.timeout(_TIMEOUT_S):
                     await stream.send([piece])
                 await asyncio.sleep(_DONOR_PAUSE_S)
