@@ -12,13 +12,14 @@ import time
 
 from node.config import NodeConfig
 from node.executor import Executor
+from node.microbatches import microbatch_limits_of
 from node.runtime import host_config_of
 from node.throughput import measure_throughput
 from node.training.device_work import DeviceWork
 from node.training.keeper import Keeper
 from node.training.live import LiveModels
 from node.training.placement import choose_stage
-from node.training.service import StageLimits, StageService
+from node.training.service import StageService
 from node.training.stage import TrainableStage
 from swarm.ending import cancelled
 from swarm.errors import UserError
@@ -74,7 +75,7 @@ class TrainingNode:
             saved = [place for place in checkpoints.places if checkpoints.is_checkpoint(place)]
             if saved and (newest := await checkpoints.load(saved[0], stage.parameters)):
                 live.begin(saved[0], newest[0].values, is_checkpoint=True)
-            service = StageService(stage, membership, self._executor, self._limits(), live)
+            service = StageService(stage, membership, self._executor, microbatch_limits_of(config), live)
             membership.on_commit.append(lambda commit: service.forget_graphs())
             await host.serve(NODE_PROTOCOL, service.handle)
             await stack.enter_async_context(membership.running())
@@ -110,15 +111,6 @@ class TrainingNode:
         log.info("loading run=%s stage=%d", self.run_id.hex()[:8], number)
         stage = TrainableStage(open_initial_weights(store.spec), store.spec, number, self.config.device)
         return stage, measure_throughput(stage.model, self.config.threads).prefill_tokens_per_s / 3
-
-    def _limits(self) -> StageLimits:
-        config = self.config
-        return StageLimits(
-            stash_bytes=config.stash_bytes,
-            stash_expiry_s=config.stash_expiry_s,
-            max_tokens=config.max_microbatch_tokens,
-            idle_s=config.session_idle_s,
-        )
 
     async def _train_until(self, stop: asyncio.Event, host: Host, keeper: Keeper) -> None:
         stopped, died = asyncio.create_task(stop.wait()), asyncio.create_task(host.wait_until_dead())

@@ -30,8 +30,7 @@ from swarm.member_record import MAX_SAVED, MemberRecord
 from swarm.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
 from swarm.p2p.averaging import Exchanged, plan_exchange, share_out
 from swarm.p2p.framing import FramedStream
-from swarm.p2p.host import strip_peer_id
-from swarm.records import MAX_ADDRESSES, MAX_LIFETIME_S, ShardState
+from swarm.records import MAX_LIFETIME_S, ShardState
 from swarm.run_spec import RunSpec
 from swarm.run_store import RunStore
 from swarm.training.artifacts import send_artifact
@@ -246,7 +245,7 @@ class Membership:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Take part while the body runs; leave at its end. Raises what made it impossible to go on."""
-        self._addresses = tuple(map(strip_peer_id, await self.host.addresses()))[:MAX_ADDRESSES]
+        self._addresses = await self.host.record_addresses()
         self._links.start()
         body = asyncio.current_task()
         assert body is not None
