@@ -221,11 +221,11 @@ class Checkpoints:
         for callback in self.on_saved:
             callback(place, state.values, self.is_checkpoint(place))
 
-    async def prune(self, seen: Mapping[int, Collection[Place]], stage: int, num_stages: int) -> None:
+    async def prune(self, seen: Mapping[int, Collection[Place]]) -> None:
         """seen: what the others have on their disks."""
         own = self.places
-        everywhere = {**seen, stage: {*seen.get(stage, ()), *own}}
-        keep = states_to_keep(own, everywhere, num_stages)
+        everywhere = {**seen, self._stage: {*seen.get(self._stage, ()), *own}}
+        keep = states_to_keep(own, everywhere, self._spec.num_stages)
         if set(own) - keep and (self._saving is None or self._saving.done()):
             await asyncio.to_thread(self.states.prune, keep)
             await asyncio.to_thread(self._look)

@@ -183,7 +183,6 @@ class Membership:
         self._was_at_work, self._has_news = False, asyncio.Event()
         self._addresses: tuple[str, ...] = ()
         self._leaderless_ticks = 0
-        self._saved_by_others: dict[int, set[Place]] = {}
         self._lost_at: dict[str, float] = {}
         self._links = Links(
             run_host,
@@ -355,7 +354,7 @@ class Membership:
         if self.checkpoints is None:
             return
         try:
-            await self.checkpoints.prune(saved_by_stage(records), self.stage, self.spec.num_stages)
+            await self.checkpoints.prune(saved_by_stage(records))
         except UserError as error:
             log.warning("saved states cannot be looked at: %s", error)
 
@@ -493,14 +492,14 @@ class Membership:
     async def _step(self, commit: Commit) -> None:
         held = self._held.pop((commit.term, commit.attempt), None)
         self._held.clear()
+        if not self.member.is_ready:
+            await self._keep_step(commit, held)
+            return
 
         def compute() -> None:
             apply_commit(self.parameters, self.spec, commit, None if held is None else held.vector)
             self.weights_at = commit.after, commit
 
-        if not self.member.is_ready:
-            await self._keep_step(commit, held)
-            return
         await self.work.on_device(compute)
         if held is not None:
             self._residual = held.residual
