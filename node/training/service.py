@@ -10,12 +10,12 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from node.executor import Executor
 from node.job_queue import JobKind
+from node.microbatches import MicrobatchLimits
 from node.service import NodeService
 from node.stash import Stash
 from node.training.live import LiveModels
@@ -45,17 +45,6 @@ MAX_REFUSALS_PER_STREAM = 64
 _OPEN_TIMEOUT_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class StageLimits:
-    """What a stage grants."""
-
-    stash_bytes: int
-    stash_expiry_s: float
-    max_tokens: int
-    """Rows x tokens of one microbatch."""
-    idle_s: float
-
-
 class StageService:
     """Handles streams of the protocol "shardswarm/node" that open a stage."""
 
@@ -64,7 +53,7 @@ class StageService:
         stage: TrainableStage,
         membership: Membership,
         executor: Executor,
-        limits: StageLimits,
+        limits: MicrobatchLimits,
         live: LiveModels | None = None,
     ) -> None:
         """live: who serves streams that open something else."""
