@@ -8,7 +8,6 @@ heard of them. A pause needs no agreement: whoever leads begins no epoch as long
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from google.protobuf.message import DecodeError
@@ -202,15 +201,17 @@ def open_orders(raw: bytes, run_id: bytes, owner: str) -> Orders:
 
 
 def _from_message(message: training_pb2.RunOrders) -> Orders:
-    def optional(part: training_pb2.Amendment, names: Sequence[str]) -> dict[str, float | int]:
-        return {name: getattr(part, name) for name in names if part.HasField(name)}  # type: ignore[arg-type]
-
     rollback = message.rollback
     return Orders(
         serial=message.serial,
         is_paused=message.is_paused,
         amendments=tuple(
-            Amendment(epoch=one.epoch, **optional(one, ("lr", "target_batch", "num_epochs")))  # type: ignore[arg-type]
+            Amendment(
+                epoch=one.epoch,
+                lr=one.lr if one.HasField("lr") else None,
+                target_batch=one.target_batch if one.HasField("target_batch") else None,
+                num_epochs=one.num_epochs if one.HasField("num_epochs") else None,
+            )
             for one in message.amendments
         ),
         eval_epochs=tuple(message.eval_epochs),
