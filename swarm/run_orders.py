@@ -106,6 +106,10 @@ class Orders:
         ends = [one.num_epochs for one in self.amendments if one.epoch <= epoch and one.num_epochs is not None]
         return ends[-1] if ends else spec.num_epochs
 
+    def planned_end(self, spec: RunSpec) -> int:
+        """Number of epochs, with what is amended from later epochs on."""
+        return self.num_epochs(spec, MAX_EPOCHS)
+
     def first_sample(self, spec: RunSpec, epoch: int) -> int:
         """Index of an epoch's first sample: all earlier ones have been used."""
         total, since, batch = 0, 0, spec.target_batch

@@ -64,7 +64,8 @@ class Reporter:
         now = time.monotonic()
         seconds, self._last = now - self._last, now
         course = self._trainer.membership.course
-        spec = course.orders_of(commit).spec_at(course.spec, commit.epoch)
+        orders = course.orders_of(commit)
+        spec = orders.spec_at(course.spec, commit.epoch)
         counts = Counter(stage for _, stage in commit.members)
         report = EpochReport(
             epoch=commit.epoch,
@@ -75,7 +76,7 @@ class Reporter:
             num_loss_tokens=commit.num_loss_tokens,
             seconds=round(seconds, 3),
             tokens_per_s=round(commit.num_loss_tokens / max(seconds, 1e-6), 1),
-            num_epochs=spec.num_epochs,
+            num_epochs=orders.planned_end(course.spec),
             replicas=tuple(counts[stage] for stage in range(spec.num_stages)),
             bytes_averaged=self._trainer.membership.counters.bytes_averaged,
             is_skipped=commit.is_skipped,

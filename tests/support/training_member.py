@@ -105,7 +105,7 @@ class TracedMembership(membership.Membership):
         global num_steps
         num_steps = commit.epoch + 1
         dump = os.environ.get("DUMP")
-        if dump and commit.epoch + 1 == self.spec.num_epochs:
+        if dump and commit.epoch + 1 == self.course.spec_after(commit).num_epochs:
             views = self.parameters.views(self.parameters.state.values)
             path = dump.replace(".pt", ".keeper.pt") if self.is_keeper else dump
             torch.save({n: view.clone() for n, view in zip(self.parameters.names, views, strict=True)}, path + ".new")

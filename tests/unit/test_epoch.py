@@ -47,10 +47,13 @@ from swarm.epoch.messages import (
     equal_shares,
     rank_leaders,
 )
-from tests.support.epoch_simulation import START, Faults, World, run_schedule
+from swarm.run_orders import Orders
+from tests.support.epoch_simulation import START, Faults, SimulatedCourse, World, run_schedule
 
 NUM_SCHEDULES = 1000
 FAULTS_THAT_MUST_FIRE = (
+    "order",
+    "commits with new orders",
     "lose",
     "double",
     "crash",
@@ -270,6 +273,14 @@ BUGS: dict[str, tuple[Callable[..., Any], tuple[tuple[str, str], ...]]] = {
                 "in self._counts.held for stage in range(1)",
             ),
         ),
+    ),
+    "orders change an epoch that has begun": (
+        Orders.may_follow,
+        (("begun = epoch + NOTICE_EPOCHS", "begun = epoch"),),
+    ),
+    "a leader takes the newest orders for the rules": (
+        SimulatedCourse.rules_at,
+        (("known = self.orders_of(orders)", "known = self.newest"),),
     ),
     "a lost replica's microbatches still count": (
         Coordinator.lose,
