@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from swarm.client.runs import in_swarm
 from swarm.epoch.messages import Place
 from swarm.member_record import MemberRecord
+from swarm.messages import PROTOCOL_MAJOR
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host
 from swarm.records import ShardState
@@ -148,6 +149,10 @@ def _updated(record: MemberRecord, standing: Standing | None) -> MemberRecord:
 
 def _trouble(record: MemberRecord, others: Sequence[MemberRecord], place: Place | None) -> str:
     """Of two records with one lifetime the one that expires first is the older one."""
+    if record.protocol_major != PROTOCOL_MAJOR:
+        return (
+            f"speaks protocol {record.protocol_major}, this software {PROTOCOL_MAJOR}: the older side must be upgraded"
+        )
     if record.state == ShardState.JOINING:
         return "is joining: it looks for the others, or downloads the state of its stage"
     if place is not None and record.epoch == place.epoch and record.lineage != place.lineage:

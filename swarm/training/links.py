@@ -217,7 +217,9 @@ class Links:
                     continue
                 if raw is None:
                     break
-                self._on_message(link.name, from_wire(decode(raw)))
+                message = decode(raw)
+                if message.WhichOneof("kind") is not None:  # else of a newer minor version, which only adds
+                    self._on_message(link.name, from_wire(message))
         except PeerFailed as error:
             reason = str(error)
         await self._drop(link, stream, reason)

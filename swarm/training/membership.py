@@ -164,6 +164,7 @@ class Membership:
         self._addresses: tuple[str, ...] = ()
         self._leaderless_ticks = 0
         self._lost_at: dict[str, float] = {}
+        self._foreign_majors: set[int] = set()
         self._links = Links(
             run_host,
             run_id,
@@ -326,6 +327,7 @@ class Membership:
             self._search_now.clear()
             await self._roll_back()
             records = await self.directory.find_members(self.run_id, range(self.spec.num_stages))
+            self._warn_of_versions(records)
             await self._prune(records)
             await self._look_back(records)
             for record in records:
@@ -342,6 +344,15 @@ class Membership:
                 async with asyncio.timeout(pause_s * random.uniform(0.8, 1.2)):
                     await self._search_now.wait()
             pause_s = min(1.5 * pause_s, self.config.search_every_s)
+
+    def _warn_of_versions(self, records: Sequence[MemberRecord]) -> None:
+        majors = {record.protocol_major for record in records if record.state != ShardState.LEAVING} - {PROTOCOL_MAJOR}
+        if majors - self._foreign_majors:
+            log.warning(
+                "other members of the run speak protocol %s, this software speaks %d: they and we do not train together "
+                "until the older side is upgraded", ", ".join(map(str, sorted(majors))), PROTOCOL_MAJOR,
+            )  # fmt: skip
+        self._foreign_majors = majors
 
     async def _prune(self, records: Sequence[MemberRecord]) -> None:
         if self.checkpoints is None:
