@@ -30,8 +30,8 @@ class Place:
 
     epoch: int
     lineage: bytes
-    era: int = field(default=0, compare=False)
-    """How often this history was rolled back; the lineage says all, and this who has to follow."""
+    era: int = 0
+    """How often this history was rolled back. It follows from the lineage, but only who knows the history can tell."""
 
     @property
     def rank(self) -> tuple[int, int, bytes]:

@@ -1,7 +1,7 @@
 """A real node or trainer of a run that writes down what it does, and in which a fault may be planted.
 
     python -m tests.support.training_member node|trainer ARGUMENTS of swarm-node / swarm
-PIECE_S slows the sending of each piece of a saved state. MEMBERSHIP (JSON) changes fields of MembershipConfig.
+PIECE_EPOCHS lets each piece of a saved state wait for so many steps before it is sent. MEMBERSHIP (JSON) changes fields of MembershipConfig.
 TRACE (a file) gets a line of JSON for every step: epoch, lineage, digest of the weights, units in the ledger, size of the group.
 VERSION (MAJOR.MINOR) makes it a member of another version, whose letters say more than ours, and which sends letters of its own kind.
 DUMP (a file, *.pt) gets the weights by name at the end of the run. FAULT (JSON) is {"on": event, "at": n, "action": ...}; events are
@@ -139,7 +139,9 @@ class SlowState(saved_states.OpenState):
     def read_piece(self, number: int) -> bytes:
         piece = super().read_piece(number)
         happens("piece")
-        time.sleep(float(os.environ.get("PIECE_S", "0")))
+        goal, deadline = num_steps + int(os.environ.get("PIECE_EPOCHS", "0")), time.monotonic() + 25
+        while num_steps < goal and time.monotonic() < deadline:
+            time.sleep(0.02)
         return piece
 
 
