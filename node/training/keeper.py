@@ -16,8 +16,7 @@ from swarm.errors import SwarmError, UserError
 from swarm.run_store import RunStore
 from swarm.training.artifacts import fetch_artifacts
 from swarm.training.checkpoints import Checkpoints, Resumed
-from swarm.training.ends_replica import load_ends
-from swarm.training.initial import open_initial_weights
+from swarm.training.ends_replica import load_ends_parameters
 from swarm.training.member_config import MembershipConfig
 from swarm.training.membership import Membership
 from swarm.training.parameters import StageParameters
@@ -69,7 +68,7 @@ class Keeper:
         spec = self._store.spec
 
         def load() -> tuple[StageParameters, Checkpoints, Resumed | None]:
-            _, parameters = load_ends(open_initial_weights(spec), spec)
+            parameters = load_ends_parameters(spec)
             checkpoints = Checkpoints(self._store, spec.ends_stage, parameters.size)
             return parameters, checkpoints, checkpoints.resume(parameters)
 

@@ -136,7 +136,7 @@ def make_run(
         "microbatch": 1,
         "precision": "fp32",
         "keepers": 0,
-        "model.config": "config.json",
+        "model.config": None if "model.weights" in rules else "config.json",
         "model.seed": 3,
         "tokenizer.path": "tokenizer",
         "data.kind": "jsonl",
@@ -162,6 +162,9 @@ def weights_of_run(training: TrainingSwarm, nodes: Sequence[Process], trainer: P
     """All weights by their names in the whole model. nodes: one of each stage."""
     whole = training.weights_of(trainer)
     for node, span in zip(nodes, training.store.spec.stages, strict=True):
+        if training.store.spec.lora is not None:  # adapters are called as in the whole model
+            whole |= training.weights_of(node)
+            continue
         for name, tensor in training.weights_of(node).items():
             before, number, rest = re.split(r"\.(\d+)\.", name, maxsplit=1)
             whole[f"{training.base_prefix}.{before}.{span.start + int(number)}.{rest}"] = tensor
