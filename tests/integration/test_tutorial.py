@@ -108,6 +108,7 @@ class Door:
         self._socket.listen()
         self.running: dict[str, ForkedProcess] = {}
         """What runs in each terminal."""
+        self._started: list[ForkedProcess] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -131,12 +132,16 @@ class Door:
             for descriptor in descriptors:
                 os.close(descriptor)
             self.running[request["env"]["TUTORIAL_TERMINAL"]] = process
+            self._started.append(process)
             connection.sendall(b"%d\n" % process.wait())
 
     def close(self) -> None:
         self._socket.close()
-        for process in self.running.values():
+        self.path.unlink()
+        for process in self._started:
             process.kill()
+        for process in self._started:
+            process.wait(60)
 
 
 class Terminal:
@@ -286,7 +291,6 @@ def friends(tmp_path: Path, fork_server: ForkServer) -> Iterator[Friends]:
     made = Friends(tmp_path, fork_server)
     yield made
     made.close()
-    wait_until(lambda: not fork_server.running(), 60, "everything ends")
 
 
 def test_the_page_is_made_of_blocks_that_say_where_they_belong() -> None:
