@@ -240,55 +240,16 @@ def train(
     sys.exit(run_trainer(config, log_file=log_file, tensorboard=tensorboard, as_json=as_json))
 
 
-@cli.command()
-@click.option("--run", "run_id", type=RunIdType(), required=True, help="The run's id.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write; it must not exist, or be empty."
-)
-@click.option("--epoch", type=click.IntRange(min=0), help="Of which checkpoint; the newest unless given.")
-@click.option(
-    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, help="Of the files."
-)
-@initial_peers_option(required=True)
-@click.option(
-    "--timeout",
-    "timeout_s",
-    type=click.FloatRange(min=0.1),
-    default=30.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Bound on joining, and on finding a checkpoint that all stages have.",
-)
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where runs are kept.")
-@click.option(
-    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning", show_default=True
-)
-def export(run_id: bytes, out: Path, epoch: int | None, precision: str, log_level: str, **flags: Any) -> None:
-    """Write the weights of a run, as its members have saved them, as a Hugging Face checkpoint."""
-    configure_logging(log_level)
-    import torch
-
-    from swarm.client.export import export_run
-
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    exported = export_run(run_id, out=out, epoch=epoch, dtype=dtype, **flags)
-    loss = "" if exported.loss is None else f", loss {exported.loss:.4f}"
-    click.echo(f"{out}: epoch {exported.place.epoch}{loss}, {exported.num_parameters:,} parameters in {precision}")
-
-
-@cli.group()
-def run() -> None:
-    """Training runs: make one, publish its rules, look at them."""
-
-
-def _run_options(*, peers_required: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _run_options(
+    *, peers_required: bool, timeout_s: float = 15.0
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     options = [
         initial_peers_option(required=peers_required),
         click.option(
             "--timeout",
             "timeout_s",
             type=click.FloatRange(min=0.1),
-            default=15.0,
+            default=timeout_s,
             show_default=True,
             metavar="SECONDS",
             help="Bound on joining the swarm, and on its answer.",
@@ -308,6 +269,34 @@ def _run_options(*, peers_required: bool) -> Callable[[Callable[..., Any]], Call
         return command
 
     return add
+
+
+@cli.command()
+@click.option("--run", "run_id", type=RunIdType(), required=True, help="The run's id.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write; it must not exist, or be empty."
+)
+@click.option("--epoch", type=click.IntRange(min=0), help="Of which checkpoint; the newest unless given.")
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, help="Of the files."
+)
+@_run_options(peers_required=True, timeout_s=30.0)
+def export(run_id: bytes, out: Path, epoch: int | None, precision: str, log_level: str, **flags: Any) -> None:
+    """Write the weights of a run, as its members have saved them, as a Hugging Face checkpoint."""
+    configure_logging(log_level)
+    import torch
+
+    from swarm.client.export import export_run
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    exported = export_run(run_id, out=out, epoch=epoch, dtype=dtype, **flags)
+    loss = "" if exported.loss is None else f", loss {exported.loss:.4f}"
+    click.echo(f"{out}: epoch {exported.place.epoch}{loss}, {exported.num_parameters:,} parameters in {precision}")
+
+
+@cli.group()
+def run() -> None:
+    """Training runs: make one, publish its rules, look at them."""
 
 
 @run.command("create")

@@ -66,33 +66,30 @@ async def open_swarm(config: ClientConfig) -> AsyncIterator[SwarmClient]:
     Raises JoinFailed, ModelNotFound or another UserError.
     """
     async with open_directory(config) as (host, directory):
+        checkpoint: Checkpoint | RunModel
         if (run := parse_run_model(config.model)) is not None:
-            model, its_ends = await open_run_model(host, directory, *run, config)
-            router = Router(directory, model.spec, None, config)
-            client = SwarmClient(host, directory, model, its_ends, router, config)
-            try:
-                yield client
-            finally:
-                await client.blocks.aclose()
-            return
-        served = await _find_name(directory, config, config.model)
-        sources = [
-            source for source, _ in Counter(r.source for r in served if r.state == ShardState.ONLINE).most_common()
-        ]
-
-        def load() -> tuple[Checkpoint, Ends, list[bytes] | None]:
-            checkpoint = open_checkpoint(config.model, prefer_sources=sources, cache_dir=config.cache_dir)
-            return checkpoint, Ends(checkpoint), checkpoint.expected_digests()
-
-        checkpoint, ends, expected = await asyncio.to_thread(load)
-        namesakes = served if checkpoint.name == config.model else await _find_name(directory, config, checkpoint.name)
-        client = SwarmClient(
-            host, directory, checkpoint, ends, Router(directory, checkpoint.spec, expected, config, namesakes), config
-        )
+            checkpoint, ends = await open_run_model(host, directory, *run, config)
+            router = Router(directory, checkpoint.spec, None, config)
+        else:
+            checkpoint, ends, router = await _open_served(directory, config)
+        client = SwarmClient(host, directory, checkpoint, ends, router, config)
         try:
             yield client
         finally:
             await client.blocks.aclose()
+
+
+async def _open_served(directory: Directory, config: ClientConfig) -> tuple[Checkpoint, Ends, Router]:
+    served = await _find_name(directory, config, config.model)
+    sources = [source for source, _ in Counter(r.source for r in served if r.state == ShardState.ONLINE).most_common()]
+
+    def load() -> tuple[Checkpoint, Ends, list[bytes] | None]:
+        checkpoint = open_checkpoint(config.model, prefer_sources=sources, cache_dir=config.cache_dir)
+        return checkpoint, Ends(checkpoint), checkpoint.expected_digests()
+
+    checkpoint, ends, expected = await asyncio.to_thread(load)
+    namesakes = served if checkpoint.name == config.model else await _find_name(directory, config, checkpoint.name)
+    return checkpoint, ends, Router(directory, checkpoint.spec, expected, config, namesakes)
 
 
 async def _find_name(directory: Directory, config: ClientConfig, name: str) -> list[ShardRecord]:

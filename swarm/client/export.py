@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +24,10 @@ from swarm.run_spec import RunSpec
 from swarm.run_store import RunStore
 from swarm.terminal import ProgressBar
 from swarm.training.artifacts import fetch_artifacts
-from swarm.training.checkpoints import is_complete
 from swarm.training.find_run import find_run
 from swarm.training.hf_checkpoint import WeightLayout, write_hf_checkpoint
-from swarm.training.saved_transfer import Donor, fetch_saved
+from swarm.training.rollback import complete_places, newest, saved_by_stage
+from swarm.training.saved_transfer import donors_of, fetch_saved
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def export_run(
     ) -> tuple[Commit | None, list[Tensor]]:
         values, commit = [], None
         for stage in range(store.spec.num_stages):
-            donors = [Donor(r.peer_id, r.addresses) for r in records if r.stage == stage and place in r.saved]
+            donors = donors_of(records, stage, place)
             size = layout.size(stage)
             what = "the ends" if stage == store.spec.ends_stage else f"stage {stage}"
             with ProgressBar(f"fetching {what} of epoch {place.epoch}", 4 * size) as bar:
@@ -99,8 +99,7 @@ def export_run(
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         store, place, commit, values = runner.run(run())
-    loss = commit.loss_sum / commit.num_loss_tokens if commit is not None and commit.num_loss_tokens else None
-    eval_loss = commit.eval_loss_sum / commit.num_eval_tokens if commit is not None and commit.num_eval_tokens else None
+    loss, eval_loss = (None, None) if commit is None else (commit.loss, commit.eval_loss)
     write_hf_checkpoint(
         store, values, out, epoch=place.epoch, lineage=place.lineage, dtype=dtype, loss=loss, eval_loss=eval_loss
     )
@@ -114,23 +113,24 @@ async def _find_complete(
     deadline = time.monotonic() + timeout_s
     while True:
         records = await directory.find_members(run_id, range(spec.num_stages))
-        seen: dict[int, set[Place]] = {stage: set() for stage in range(spec.num_stages)}
-        for record in records:
-            seen[record.stage].update(record.saved)
-        complete = [place for place in seen[0] if is_complete(place, seen, spec.num_stages)]
-        wanted = [place for place in complete if epoch in (None, place.epoch)]
-        if wanted:
-            return records, max(wanted, key=lambda place: (place.epoch, place.lineage))
+        saved = saved_by_stage(records)
+        complete = complete_places(saved, spec.num_stages)
+        place = newest(place for place in complete if epoch in (None, place.epoch))
+        if place is not None:
+            return records, place
         if time.monotonic() > deadline:
-            raise UserError(_what_is_missing(spec, seen, complete, epoch))
+            raise UserError(_what_is_missing(spec, saved, complete, epoch))
         await asyncio.sleep(_LOOK_AGAIN_S)
 
 
-def _what_is_missing(spec: RunSpec, seen: dict[int, set[Place]], complete: Sequence[Place], epoch: int | None) -> str:
+def _what_is_missing(
+    spec: RunSpec, saved: Mapping[int, set[Place]], complete: Collection[Place], epoch: int | None
+) -> str:
     if complete:
         have = ", ".join(str(one) for one in sorted({place.epoch for place in complete}))
         return f"there is no complete checkpoint of epoch {epoch}; there are those of {have}: choose one with --epoch"
-    names = ["the ends" if stage == spec.ends_stage else f"stage {stage}" for stage in seen if not seen[stage]]
+    empty = [stage for stage in range(spec.num_stages) if not saved.get(stage)]
+    names = ["the ends" if stage == spec.ends_stage else f"stage {stage}" for stage in empty]
     if not names:
         return "no epoch has been saved by all stages: try again when the next checkpoint is due"
     return (

@@ -19,7 +19,7 @@ from swarm.training.find_run import find_run
 from swarm.training.hf_checkpoint import WeightLayout
 from swarm.training.rollback import saved_by_stage
 from swarm.training.run_model import RunModel, run_model_digest
-from swarm.training.saved_transfer import Donor, fetch_saved
+from swarm.training.saved_transfer import donors_of, fetch_saved
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ async def served_places(directory: Directory, store: RunStore) -> list[Place]:
     spec = store.spec
     records = await directory.find_members(store.run_id, range(spec.num_stages))
     saved = saved_by_stage(records)
-    places = sorted(saved.get(spec.ends_stage, ()), key=lambda place: (-place.era, -place.epoch, place.lineage))
+    places = sorted(saved.get(spec.ends_stage, ()), key=lambda place: place.rank)
     found = []
     for place in places:
         shards = await directory.find_blocks(run_model_digest(store.run_id, spec, place), range(spec.num_blocks))
@@ -60,7 +60,7 @@ async def open_run_model(
         places = await served_places(directory, store)
         for place in (place for place in places if epoch in (None, place.epoch)):
             records = await directory.find_members(run_id, [spec.ends_stage])
-            donors = [Donor(r.peer_id, r.addresses) for r in records if place in r.saved]
+            donors = donors_of(records, spec.ends_stage, place)
             try:
                 _, vectors = await fetch_saved(
                     host, run_id, spec.ends_stage, place, donors, layout.size(spec.ends_stage)

@@ -65,8 +65,8 @@ class Reporter:
         counts = Counter(stage for _, stage in commit.members)
         report = EpochReport(
             epoch=commit.epoch,
-            loss=commit.loss_sum / commit.num_loss_tokens if commit.num_loss_tokens else math.nan,
-            validation_loss=commit.eval_loss_sum / commit.num_eval_tokens if commit.num_eval_tokens else None,
+            loss=math.nan if commit.loss is None else commit.loss,
+            validation_loss=commit.eval_loss,
             norm=commit.norm,
             lr=spec.optimizer.lr_at(commit.epoch, spec.num_epochs),
             num_loss_tokens=commit.num_loss_tokens,

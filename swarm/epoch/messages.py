@@ -33,12 +33,14 @@ class Place:
     era: int = field(default=0, compare=False)
     """How often this history was rolled back; the lineage says all, and this who has to follow."""
 
-    def is_behind(self, other: Place) -> bool:
-        """Whether who is here has to go there when the two meet.
+    @property
+    def rank(self) -> tuple[int, int, bytes]:
+        """The smaller one is to be followed: that of the newer era, else of the longer history, and of equals of the smaller hash."""
+        return (-self.era, -self.epoch, self.lineage)
 
-        A history that was rolled back is left behind; else the longer one wins, and of equals the smaller hash.
-        """
-        return (self.era, self.epoch, other.lineage) < (other.era, other.epoch, self.lineage)
+    def is_behind(self, other: Place) -> bool:
+        """Whether who is here has to go there when the two meet."""
+        return other.rank < self.rank
 
     def rolled_back(self, era: int) -> Place:
         """Where a run goes on that was rolled back to here. Whoever decides so comes to the same place."""
@@ -146,6 +148,16 @@ class Commit:
         for part in (self.parent, self.term.peer.encode(), fixed, *self.digests, b"", *members):
             hasher.update(len(part).to_bytes(4, "big") + part)
         return hasher.digest()
+
+    @property
+    def loss(self) -> float | None:
+        """Mean per token, of the weights before the step; None of no tokens."""
+        return self.loss_sum / self.num_loss_tokens if self.num_loss_tokens else None
+
+    @property
+    def eval_loss(self) -> float | None:
+        """The same of held-out data."""
+        return self.eval_loss_sum / self.num_eval_tokens if self.num_eval_tokens else None
 
     @property
     def before(self) -> Place:

@@ -6,18 +6,18 @@ import asyncio
 import logging
 
 from protos import training_pb2
-from swarm.errors import BadReply, PeerFailed, UserError
-from swarm.messages import own_version
+from swarm.errors import PeerFailed, UserError
+from swarm.member_record import MemberRecord
 from swarm.p2p.directory import Directory
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host
 from swarm.run_store import MAX_ARTIFACT_BYTES, RunStore
-from swarm.training.member_config import RUN_PROTOCOL
+from swarm.training.requests import Donor, open_request, receive_whole, received, send_whole
 from swarm.training.wire import decode
 
 log = logging.getLogger(__name__)
 
-_PIECE_BYTES = 128 * 1024
+_CONNECT_TIMEOUT_S = 5.0
 _TIMEOUT_S = 30.0
 _ROUNDS = 6
 _PAUSE_S = 0.5
@@ -37,7 +37,7 @@ async def fetch_artifacts(host: Host, directory: Directory, store: RunStore, num
             for digest in list(store.missing()):
                 try:
                     async with asyncio.timeout(_TIMEOUT_S):
-                        content = await _fetch(host, store.run_id, member.peer_id, member.addresses, digest)
+                        content = await _fetch(host, store.run_id, member, digest)
                     store.put(digest, content)
                 except (PeerFailed, TimeoutError, ValueError) as error:
                     log.info("no artifact from peer=%s reason=%s", member.peer_id[-8:], error)
@@ -58,33 +58,15 @@ async def send_artifact(stream: FramedStream, store: RunStore, digest: bytes) ->
         return
     answer = training_pb2.MemberMessage(artifact=training_pb2.Artifact(num_bytes=len(content)))
     async with asyncio.timeout(_TIMEOUT_S):
-        await stream.send([answer.SerializeToString()])
-        for start in range(0, len(content), _PIECE_BYTES):
-            await stream.send([content[start : start + _PIECE_BYTES]])
+        await send_whole(stream, answer, content)
         await stream.receive()
 
 
-async def _fetch(host: Host, run_id: bytes, peer_id: str, addresses: tuple[str, ...], digest: bytes) -> bytes:
-    stream = await host.open_stream(peer_id, RUN_PROTOCOL, 5.0, addresses)
-    try:
-        introduction = training_pb2.Introduction(version=own_version(), run_id=run_id, is_request=True)
-        await stream.send([training_pb2.MemberMessage(introduction=introduction).SerializeToString()])
-        request = training_pb2.MemberMessage(get_artifact=training_pb2.GetArtifact(digest=digest))
-        await stream.send([request.SerializeToString()])
-        await _received(stream)  # its introduction
-        num_bytes = decode(await _received(stream)).artifact.num_bytes
-        if not 0 < num_bytes <= MAX_ARTIFACT_BYTES:
-            raise BadReply(f"peer {peer_id[-8:]} announced a file of {num_bytes} bytes")
-        content = bytearray()
-        while len(content) < num_bytes:
-            content += await _received(stream)
-        return bytes(content)
-    finally:
-        await stream.aclose()
-
-
-async def _received(stream: FramedStream) -> bytes:
-    raw = await stream.receive()
-    if not raw:
-        raise PeerFailed(f"peer {stream.peer_id[-8:]} ended the stream")
-    return raw
+async def _fetch(host: Host, run_id: bytes, member: MemberRecord, digest: bytes) -> bytes:
+    request = training_pb2.MemberMessage(get_artifact=training_pb2.GetArtifact(digest=digest))
+    async with open_request(
+        host, Donor(member.peer_id, member.addresses), run_id, member.stage, request,
+        connect_timeout_s=_CONNECT_TIMEOUT_S, introduction_timeout_s=_TIMEOUT_S,
+    ) as stream:  # fmt: skip
+        num_bytes = decode(await received(stream)).artifact.num_bytes
+        return await receive_whole(stream, num_bytes, MAX_ARTIFACT_BYTES)

@@ -18,12 +18,11 @@ from protos import training_pb2
 from swarm.epoch.messages import Commit, Place
 from swarm.errors import BadReply, PeerFailed
 from swarm.p2p.framing import FramedStream
+from swarm.p2p.host import Host
 from swarm.terminal import ProgressBar
-from swarm.training.links import Links
-from swarm.training.member_name import peer_of, stage_of
 from swarm.training.parameters import StageParameters, StageState
-from swarm.training.run_host import RunHost
-from swarm.training.saved_transfer import Donor, fetch_saved
+from swarm.training.requests import Donor, open_request, received
+from swarm.training.saved_transfer import fetch_saved
 from swarm.training.wire import (
     commit_from_wire,
     commit_to_wire,
@@ -35,6 +34,7 @@ from swarm.training.wire import (
 
 log = logging.getLogger(__name__)
 
+_CONNECT_TIMEOUT_S = 5.0
 _ANSWER_TIMEOUT_S = 60.0
 
 
@@ -48,30 +48,34 @@ async def send_place(stream: FramedStream, place: Place, commit: Commit | None) 
         await stream.receive()  # the asker ends the stream
 
 
-async def ask_place(links: Links, name: str, run_id: bytes, at_least: Place) -> tuple[Place, Commit | None]:
+async def ask_place(
+    host: Host, donor: Donor, run_id: bytes, stage: int, at_least: Place
+) -> tuple[Place, Commit | None]:
     """Where a replica is, and how it came there. PeerFailed if that is before at_least; BadReply if it cannot prove it."""
-    header = await _ask(links, name, training_pb2.MemberMessage(get_place=training_pb2.GetPlace()))
+    header = await _ask(host, donor, run_id, stage, training_pb2.MemberMessage(get_place=training_pb2.GetPlace()))
     place = place_from_wire(header.place)
     commit = commit_from_wire(header.commit) if header.HasField("commit") else None
     if not place.follows(commit, run_id) or (commit is not None and not is_signed(commit, run_id)):
-        raise BadReply(f"member {name[-10:]} cannot prove how it came to epoch {place.epoch}")
+        raise BadReply(f"peer {donor.peer_id[-8:]} cannot prove how it came to epoch {place.epoch}")
     if place.is_behind(at_least):
-        raise PeerFailed(f"member {name[-10:]} is at epoch {place.epoch} of another history, or behind")
+        raise PeerFailed(f"peer {donor.peer_id[-8:]} is at epoch {place.epoch} of another history, or behind")
     return place, commit
 
 
 async def fetch_snapshot(
-    run_host: RunHost, links: Links, run_id: bytes, names: Sequence[str], at_least: Place, parameters: StageParameters
+    host: Host, replicas: Sequence[Donor], run_id: bytes, stage: int, at_least: Place, parameters: StageParameters
 ) -> tuple[Place, Commit | None, StageState]:
     """A state at a place or beyond, from all of these replicas that have the same one. Raises PeerFailed if there is none."""
     request = training_pb2.MemberMessage(get_snapshot=training_pb2.GetSnapshot(at_least=place_to_wire(at_least)))
-    answers = await asyncio.gather(*(_ask(links, name, request) for name in names), return_exceptions=True)
+    answers = await asyncio.gather(
+        *(_ask(host, replica, run_id, stage, request) for replica in replicas), return_exceptions=True
+    )
     donors: dict[Place, list[Donor]] = collections.defaultdict(list)
-    for name, answer in zip(names, answers, strict=True):
+    for replica, answer in zip(replicas, answers, strict=True):
         if isinstance(answer, training_pb2.StateHeader):
-            donors[place_from_wire(answer.place)].append(Donor(peer_of(name), links.addresses_of(name)))
+            donors[place_from_wire(answer.place)].append(replica)
         elif isinstance(answer, PeerFailed | TimeoutError):
-            log.info("no snapshot from member=%s reason=%s", name[-10:], answer)
+            log.info("no snapshot from peer=%s reason=%s", replica.peer_id[-8:], answer)
         else:
             raise answer
     places = [place for place in donors if not place.is_behind(at_least)]
@@ -88,7 +92,7 @@ async def fetch_snapshot(
             bar.advance(count)
 
         head, vectors = await fetch_saved(
-            run_host.host, run_id, stage_of(names[0]), place, donors[place], parameters.size,
+            host, run_id, stage, place, donors[place], parameters.size,
             num_vectors=num_vectors, on_bytes=on_bytes,
         )  # fmt: skip
     values, first, second, *previous = vectors.unbind()
@@ -99,17 +103,16 @@ async def fetch_snapshot(
     return place, head.saved.commit, state
 
 
-async def _ask(links: Links, name: str, request: training_pb2.MemberMessage) -> training_pb2.StateHeader:
+async def _ask(
+    host: Host, replica: Donor, run_id: bytes, stage: int, request: training_pb2.MemberMessage
+) -> training_pb2.StateHeader:
     """Raises PeerFailed or TimeoutError."""
-    stream = await links.open_request(name, request)
-    try:
+    async with open_request(
+        host, replica, run_id, stage, request,
+        connect_timeout_s=_CONNECT_TIMEOUT_S, introduction_timeout_s=_CONNECT_TIMEOUT_S,
+    ) as stream:  # fmt: skip
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-            raw = await stream.receive()
-        if raw is None:
-            raise PeerFailed(f"member {name[-10:]} ended the stream")
-        message = decode(raw)
+            message = decode(await received(stream))
         if message.WhichOneof("kind") != "state":
-            raise BadReply(f"member {name[-10:]} answered something else")
+            raise BadReply(f"peer {replica.peer_id[-8:]} answered something else")
         return message.state
-    finally:
-        await stream.aclose()

@@ -18,8 +18,8 @@ from swarm.errors import BadReply, PeerFailed
 from swarm.p2p.framing import FramedStream
 from swarm.training.member_config import RUN_PROTOCOL, LinkConfig
 from swarm.training.member_name import member_name, peer_of, stage_of
-from swarm.training.run_host import RunHost, check_introduction, introduction_of
-from swarm.training.wire import MAX_MESSAGE_BYTES, decode, from_wire, to_wire
+from swarm.training.run_host import RunHost, introduce, introduction_of
+from swarm.training.wire import decode, from_wire, to_wire
 
 log = logging.getLogger(__name__)
 
@@ -119,16 +119,6 @@ class Links:
         except TimeoutError:
             pass
 
-    async def open_request(self, name: str, request: training_pb2.MemberMessage) -> FramedStream:
-        """A stream of its own for one request. Raises PeerFailed."""
-        stream = await self._dial(name, self._link(name).addresses, is_request=True)
-        try:
-            await stream.send([request.SerializeToString()])
-        except BaseException:
-            await stream.aclose()
-            raise
-        return stream
-
     async def accept(self, stream: FramedStream, introduction: training_pb2.Introduction) -> None:
         """A peer opened a stream: a link, or a request."""
         try:
@@ -192,23 +182,15 @@ class Links:
                     self._on_lost(link.name)
                     await asyncio.sleep(_REDIAL_PAUSE_S)
 
-    async def _dial(self, name: str, addresses: tuple[str, ...], *, is_request: bool = False) -> FramedStream:
+    async def _dial(self, name: str, addresses: tuple[str, ...]) -> FramedStream:
         peer_id, to_stage = peer_of(name), stage_of(name)
         if to_stage < 0:
             raise PeerFailed(f"no member can be called {name[:80]!r}")
         timeout_s = self._config.connect_timeout_s
         stream = await self._run_host.host.open_stream(peer_id, RUN_PROTOCOL, timeout_s, addresses)
         try:
-            stream.accept_messages_of(MAX_MESSAGE_BYTES)
-            introduction = introduction_of(self._run_id, self._stage, to_stage=to_stage, is_request=is_request)
-            await stream.send([introduction.SerializeToString()])
-            async with asyncio.timeout(timeout_s):
-                answer = check_introduction(await stream.receive(), peer_id)
-            if answer.run_id != self._run_id or (answer.stage != to_stage and not is_request):
+            if await introduce(stream, self._run_id, self._stage, to_stage, timeout_s) != to_stage:
                 raise BadReply(f"peer {peer_id[-8:]} is another member than the one that was asked for")
-        except TimeoutError:
-            await stream.aclose()
-            raise PeerFailed(f"peer {peer_id[-8:]} did not introduce itself in time") from None
         except BaseException:
             await stream.aclose()
             raise

@@ -42,6 +42,7 @@ from swarm.training.member_config import MembershipConfig
 from swarm.training.member_name import member_name, peer_of, stage_of
 from swarm.training.outcome import apply_commit
 from swarm.training.parameters import GradientSum, StageParameters, StageState, gradient_digest, square_norm
+from swarm.training.requests import Donor
 from swarm.training.rollback import Watch, saved_by_stage
 from swarm.training.run_host import RunHost
 from swarm.training.saved_transfer import send_saved
@@ -300,7 +301,7 @@ class Membership:
             era=self.place.era,
             expires_at=time.time() + self.config.record_lifetime_s,
             tokens_per_s=self.tokens_per_s,
-            loss=None if commit is None or not commit.num_loss_tokens else commit.loss_sum / commit.num_loss_tokens,
+            loss=None if commit is None else commit.loss,
             addresses=self._addresses,
             is_keeper=self.is_keeper,
             saved=() if self.checkpoints is None else self.checkpoints.places[:MAX_SAVED],
@@ -519,10 +520,10 @@ class Membership:
     def _tell(self, commit: Commit) -> None:
         self.last_commit = commit
         self.work.stepped(commit)
-        mean = commit.loss_sum / commit.num_loss_tokens if commit.num_loss_tokens else math.nan
+        loss = math.nan if commit.loss is None else commit.loss
         log.info(
             "step epoch=%d loss=%.4f norm=%.4f members=%d attempt=%d%s",
-            commit.epoch, mean, commit.norm, len(commit.members), commit.attempt, " skipped" if commit.is_skipped else "",
+            commit.epoch, loss, commit.norm, len(commit.members), commit.attempt, " skipped" if commit.is_skipped else "",
         )  # fmt: skip
         for callback in self.on_commit:
             callback(commit)
@@ -549,7 +550,8 @@ class Membership:
         for name in candidates if self.checkpoints is not None else ():
             try:
                 async with asyncio.timeout(_ASK_TIMEOUT_S):
-                    place, commit = await ask_place(self._links, name, self.run_id, order.place)
+                    donor = self._donor(name)
+                    place, commit = await ask_place(self.host, donor, self.run_id, self.stage, order.place)
             except (PeerFailed, TimeoutError) as error:
                 log.info("no state from member=%s reason=%s", name[-10:], error)
                 continue
@@ -566,7 +568,7 @@ class Membership:
         while time.monotonic() < deadline:
             try:
                 place, commit, state = await fetch_snapshot(
-                    self.run_host, self._links, self.run_id, candidates, at_least, self.parameters
+                    self.host, list(map(self._donor, candidates)), self.run_id, self.stage, at_least, self.parameters
                 )
             except (PeerFailed, TimeoutError) as error:
                 log.info("no snapshot yet reason=%s", error)
@@ -578,6 +580,9 @@ class Membership:
         raise UserError(
             f"no replica of stage {self.stage} gave its state within {self.config.download_timeout_s:.0f} s"
         )
+
+    def _donor(self, name: str) -> Donor:
+        return Donor(peer_of(name), self._links.addresses_of(name))
 
     async def _keep_step(self, commit: Commit, held: Exchanged | None) -> None:
         assert self.checkpoints is not None

@@ -18,11 +18,7 @@ from swarm.training.checkpoints import is_complete
 
 def newest(places: Iterable[Place]) -> Place | None:
     """Where everybody has to go in the end."""
-    found: Place | None = None
-    for place in places:
-        if found is None or found.is_behind(place):
-            found = place
-    return found
+    return min(places, key=lambda place: place.rank, default=None)
 
 
 def saved_by_stage(records: Iterable[MemberRecord]) -> dict[int, set[Place]]:
@@ -33,9 +29,14 @@ def saved_by_stage(records: Iterable[MemberRecord]) -> dict[int, set[Place]]:
     return saved
 
 
+def complete_places(saved: Mapping[int, set[Place]], num_stages: int) -> set[Place]:
+    """The places of which every stage and the ends have the state on some disk."""
+    return {place for place in saved.get(0, ()) if is_complete(place, saved, num_stages)}
+
+
 def newest_complete(saved: Mapping[int, set[Place]], num_stages: int) -> Place | None:
-    """The newest place of which every stage and the ends have the state on some disk."""
-    return newest(place for place in saved.get(0, ()) if is_complete(place, saved, num_stages))
+    """The newest of them: where a run can go on if newer states are lost."""
+    return newest(complete_places(saved, num_stages))
 
 
 def lost_stages(records: Sequence[MemberRecord], num_stages: int) -> tuple[list[int], list[int]]:

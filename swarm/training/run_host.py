@@ -120,6 +120,30 @@ def introduction_of(
     return training_pb2.MemberMessage(introduction=introduction)
 
 
+async def introduce(
+    stream: FramedStream,
+    run_id: bytes,
+    stage: int,
+    to_stage: int,
+    timeout_s: float,
+    request: training_pb2.MemberMessage | None = None,
+) -> int:
+    """Say who we are, and what we want if that is all; of which stage the member at the other side is. Raises PeerFailed."""
+    stream.accept_messages_of(MAX_MESSAGE_BYTES)
+    try:
+        async with asyncio.timeout(timeout_s):
+            own = introduction_of(run_id, stage, to_stage=to_stage, is_request=request is not None)
+            await stream.send([own.SerializeToString()])
+            if request is not None:
+                await stream.send([request.SerializeToString()])
+            answer = check_introduction(await stream.receive(), stream.peer_id)
+    except TimeoutError:
+        raise PeerFailed(f"peer {stream.peer_id[-8:]} did not introduce itself in time") from None
+    if answer.run_id != run_id:
+        raise BadReply(f"peer {stream.peer_id[-8:]} is of another run than the one that was asked for")
+    return answer.stage
+
+
 def check_introduction(raw: bytes | None, peer_id: str) -> training_pb2.Introduction:
     """What a peer says first. Raises PeerFailed or BadReply."""
     if raw is None:

@@ -169,7 +169,7 @@ class SavedStates:
         return saved
 
     def found(self) -> list[SavedAt]:
-        """Every saved state whose header is right and whose size fits it, the newest first: as Place.is_behind says.
+        """Every saved state whose header is right and whose size fits it, the newest first: as Place.rank says.
 
         Whatever else lies there is skipped with a line in the log, once, but for files of other stages; and so is what `load`
         found to be damaged. Raises UserError if the folder cannot be read.
@@ -186,7 +186,7 @@ class SavedStates:
                 continue  # another member has just removed it
             except (OSError, ValueError) as error:
                 self._tell_skipped(path, _reason(error))
-        return sorted(found, key=lambda saved: (-saved.place.era, -saved.place.epoch, saved.place.lineage))
+        return sorted(found, key=lambda saved: saved.place.rank)
 
     def load(self, saved: SavedAt, parameters: StageParameters) -> StageState:
         """The state, in memory of its own. Raises UserError if the file is damaged or gone, or of another kind of stage."""

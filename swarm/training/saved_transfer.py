@@ -12,7 +12,7 @@ import asyncio
 import collections
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,19 +21,18 @@ from torch import Tensor
 from protos import training_pb2
 from swarm.epoch.messages import Place
 from swarm.errors import BadReply, PeerFailed, UserError
+from swarm.member_record import MemberRecord
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host
-from swarm.training.member_config import RUN_PROTOCOL
-from swarm.training.run_host import check_introduction, introduction_of
+from swarm.training.requests import Donor, open_request, receive_whole, received, send_whole
 from swarm.training.saved_states import PIECE_BYTES, SavedHead, SavedStates
-from swarm.training.wire import MAX_MESSAGE_BYTES, decode, place_from_wire, place_to_wire
+from swarm.training.wire import decode, place_from_wire, place_to_wire
 
 log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 64 * 2**20
 MAX_PIECES_PER_REQUEST = 16
 _PIECES_AT_ONCE = 4  # so that several donors share the work
-_RAW_BYTES = 128 * 1024
 # After each piece, so that a donor gives at most 200 MiB/s, and its own work goes on.
 _DONOR_PAUSE_S = 0.005
 _TIMEOUT_S = 30.0
@@ -41,33 +40,29 @@ _CONNECT_TIMEOUT_S = 10.0
 _MAX_DONORS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Donor:
-    """A member that says that it has the state."""
-
-    peer_id: str
-    addresses: tuple[str, ...]
+def donors_of(records: Iterable[MemberRecord], stage: int, place: Place) -> list[Donor]:
+    """Who says that it has the state of a stage at a place."""
+    return [Donor(r.peer_id, r.addresses) for r in records if r.stage == stage and place in r.saved]
 
 
 async def send_saved(stream: FramedStream, states: SavedStates, request: training_pb2.GetSaved) -> None:
     """Answer GetSaved, and the requests for pieces that follow."""
-    place = place_from_wire(request.place)
     try:
-        saved = next((one for one in await asyncio.to_thread(states.found) if one.place == place), None)
-        if saved is None:
-            await stream.fail(f"the state of epoch {place.epoch} is not on this disk (any more)")
-            return
-        opened = await asyncio.to_thread(states.open, saved)
+        await _send_pieces(stream, states, place_from_wire(request.place))
     except UserError as error:
         await stream.fail(str(error)[:200])
-        return
-    with opened:
+
+
+async def _send_pieces(stream: FramedStream, states: SavedStates, place: Place) -> None:
+    """The head, and then what is asked for. Raises UserError if that is not on this disk, or damaged."""
+    saved = next((one for one in await asyncio.to_thread(states.found) if one.place == place), None)
+    if saved is None:
+        raise UserError(f"the state of epoch {place.epoch} is not on this disk (any more)")
+    with await asyncio.to_thread(states.open, saved) as opened:
         head = await asyncio.to_thread(opened.read_head)
         answer = training_pb2.MemberMessage(saved=training_pb2.SavedState(head_bytes=len(head)))
         async with asyncio.timeout(_TIMEOUT_S):
-            await stream.send([answer.SerializeToString()])
-            for start in range(0, len(head), _RAW_BYTES):
-                await stream.send([head[start : start + _RAW_BYTES]])
+            await send_whole(stream, answer, head)
         while True:
             async with asyncio.timeout(_TIMEOUT_S):
                 raw = await stream.receive()
@@ -75,14 +70,9 @@ async def send_saved(stream: FramedStream, states: SavedStates, request: trainin
                 return
             wanted = decode(raw).get_pieces
             if not (0 < wanted.count <= MAX_PIECES_PER_REQUEST and wanted.first + wanted.count <= saved.num_pieces):
-                await stream.fail("there are no such pieces")
-                return
+                raise UserError("there are no such pieces")
             for number in range(wanted.first, wanted.first + wanted.count):
-                try:
-                    piece = await asyncio.to_thread(opened.read_piece, number)
-                except UserError as error:
-                    await stream.fail(str(error)[:200])
-                    return
+                piece = await asyncio.to_thread(opened.read_piece, number)
                 async with asyncio.timeout(_TIMEOUT_S):
                     await stream.send([piece])
                 await asyncio.sleep(_DONOR_PAUSE_S)
@@ -182,22 +172,17 @@ async def fetch_saved(
 async def _open(
     stack: contextlib.AsyncExitStack, host: Host, run_id: bytes, stage: int, place: Place, donor: Donor
 ) -> tuple[FramedStream, SavedHead]:
-    stream = await host.open_stream(donor.peer_id, RUN_PROTOCOL, _CONNECT_TIMEOUT_S, donor.addresses)
-    stack.push_async_callback(stream.aclose)
-    stream.accept_messages_of(MAX_MESSAGE_BYTES)
-    request = training_pb2.GetSaved(place=place_to_wire(place))
+    request = training_pb2.MemberMessage(get_saved=training_pb2.GetSaved(place=place_to_wire(place)))
+    stream = await stack.enter_async_context(
+        open_request(
+            host, donor, run_id, stage, request, connect_timeout_s=_CONNECT_TIMEOUT_S, introduction_timeout_s=_TIMEOUT_S
+        )
+    )
     async with asyncio.timeout(_TIMEOUT_S):
-        await stream.send([introduction_of(run_id, stage, to_stage=stage, is_request=True).SerializeToString()])
-        await stream.send([training_pb2.MemberMessage(get_saved=request).SerializeToString()])
-        check_introduction(await stream.receive(), donor.peer_id)
-        num_bytes = decode(await _received(stream)).saved.head_bytes
-        if not 0 < num_bytes <= MAX_HEAD_BYTES:
-            raise BadReply(f"peer {donor.peer_id[-8:]} announced a head of {num_bytes} bytes")
-        raw = bytearray()
-        while len(raw) < num_bytes:
-            raw += await _received(stream)
+        num_bytes = decode(await received(stream)).saved.head_bytes
+        raw = await receive_whole(stream, num_bytes, MAX_HEAD_BYTES)
     try:
-        head = SavedHead.parse(bytes(raw), run_id, stage)
+        head = SavedHead.parse(raw, run_id, stage)
     except ValueError as error:
         raise BadReply(f"peer {donor.peer_id[-8:]} sent a saved state that makes no sense: {error}") from error
     if head.saved.place != place:
@@ -214,7 +199,7 @@ async def _fetch_pieces(stream: FramedStream, download: Download, on_bytes: Call
                 await stream.send([training_pb2.MemberMessage(get_pieces=request).SerializeToString()])
             while numbers:
                 async with asyncio.timeout(_TIMEOUT_S):
-                    piece = await _received(stream)
+                    piece = await received(stream)
                 download.put(numbers[0], piece)
                 numbers.pop(0)
                 on_bytes(len(piece))
@@ -222,10 +207,3 @@ async def _fetch_pieces(stream: FramedStream, download: Download, on_bytes: Call
             download.missing.extendleft(reversed(numbers))
             log.info("donor lost peer=%s reason=%s", stream.peer_id[-8:], error)
             raise
-
-
-async def _received(stream: FramedStream) -> bytes:
-    raw = await stream.receive()
-    if raw is None:
-        raise PeerFailed(f"peer {stream.peer_id[-8:]} ended the stream")
-    return raw

@@ -10,7 +10,7 @@ from swarm.epoch.messages import Place
 from swarm.member_record import MemberRecord
 from swarm.records import ShardState
 from swarm.training.checkpoints import NUM_COMPLETE, is_complete, states_to_keep
-from swarm.training.rollback import Watch, lost_stages, newest, newest_complete, saved_by_stage
+from swarm.training.rollback import Watch, complete_places, lost_stages, newest, newest_complete, saved_by_stage
 from tests.support.runs import make_member
 
 NUM_STAGES = 3  # two and the ends
@@ -87,6 +87,15 @@ def test_leaving_members_count_for_nothing_but_their_disks() -> None:
     records = run_at(at(120), at(100))
     records[1] = member("m1", 1, at(120), at(100), state=ShardState.LEAVING)
     assert lost_stages(records, NUM_STAGES) == ([1], [])
+    assert newest_complete(saved_by_stage(records), NUM_STAGES) == at(100)
+
+
+def test_of_complete_checkpoints_that_of_the_newer_era_is_the_newest_however_few_its_epochs() -> None:
+    back = Place(90, b"b" * 32, era=1)
+    records = run_at(back, back, at(80), at(100))
+    assert complete_places(saved_by_stage(records), NUM_STAGES) == {back, at(80), at(100)}
+    assert newest_complete(saved_by_stage(records), NUM_STAGES) == back
+    records[1] = member("m1", 1, back, at(80), at(100))
     assert newest_complete(saved_by_stage(records), NUM_STAGES) == at(100)
 
 
