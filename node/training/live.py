@@ -16,6 +16,7 @@ from torch import Tensor
 
 from node.announcer import Announcer
 from node.config import NodeConfig
+from node.device_share import Purpose
 from node.executor import Executor
 from node.job_queue import JobKind
 from node.kv_cache import SessionTable, session_limits_of
@@ -99,7 +100,11 @@ class LiveModels:
         await announcer.announce()
         renewal = asyncio.create_task(announcer.keep_alive())
         self._live[shard.model_digest] = _Live(place, service, announcer, renewal)
-        log.info("serving the weights of epoch=%d", place.epoch)
+        used_s = self._executor.share.used_s
+        log.info(
+            "serving the weights of epoch=%d device_s_serving=%.1f device_s_training=%.1f",
+            place.epoch, used_s[Purpose.SERVING], used_s[Purpose.TRAINING],
+        )  # fmt: skip
         while len(self._live) > NUM_LIVE:
             _, oldest = self._live.popitem(last=False)
             await self._retire(oldest, place)

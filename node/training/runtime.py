@@ -11,6 +11,7 @@ import os
 import time
 
 from node.config import NodeConfig
+from node.device_share import DeviceShare, Purpose
 from node.executor import Executor
 from node.microbatches import microbatch_limits_of
 from node.runtime import host_config_of
@@ -44,7 +45,7 @@ class TrainingNode:
     def __init__(self, config: NodeConfig) -> None:
         assert config.run_id is not None
         self.config, self.run_id = config, config.run_id
-        self._executor = Executor(config.max_waiting_jobs)
+        self._executor = Executor(config.max_waiting_jobs, DeviceShare(config.serving_share))
 
     async def run(self) -> None:
         """Join, take a stage, train until SIGTERM or SIGINT, leave. Raises SwarmError with a line for the user."""
@@ -61,10 +62,12 @@ class TrainingNode:
             store = await find_run(directory, self.run_id, config.cache_dir)
             self._check_limits(store)
             stage_number = await self._choose(directory, store)
-            stage, tokens_per_s = await self._executor.run(lambda: self._load(store, stage_number))
+            stage, tokens_per_s = await self._executor.run(
+                lambda: self._load(store, stage_number), purpose=Purpose.TRAINING
+            )
             shared = await stack.enter_async_context(run_host(host, directory))
             checkpoints = Checkpoints(store, stage_number, stage.parameters.size)
-            resumed = await self._executor.run(lambda: checkpoints.resume(stage.parameters))
+            resumed = await self._executor.run(lambda: checkpoints.resume(stage.parameters), purpose=Purpose.TRAINING)
             membership = Membership(
                 shared, store, stage_number, stage.parameters, DeviceWork(self._executor),
                 is_reachable=not config.use_relay, checkpoints=checkpoints, resumed=resumed, config=config.membership,
@@ -146,6 +149,7 @@ class TrainingNode:
             "stage": number,
             "span": str(stage.span),
             "num_parameters": stage.parameters.size,
+            "serving_share": self._executor.share.of[Purpose.SERVING],
             "ready_s": round(ready_s, 2),
             "pid": os.getpid(),
         }

@@ -13,6 +13,7 @@ from collections import Counter
 
 from torch import Tensor
 
+from node.device_share import Purpose
 from node.executor import Executor
 from node.job_queue import JobKind
 from node.microbatches import MicrobatchLimits
@@ -156,7 +157,7 @@ class StageService:
             entry = self._stage.differentiable(hidden, samples)
             return entry, entry.output.detach()
 
-        entry, output = await self._executor.run(compute, JobKind.FORWARD)
+        entry, output = await self._executor.run(compute, JobKind.FORWARD, Purpose.TRAINING)
         self.num_forwards += 1
         if entry is not None and self._membership.weights_at[0] == place:
             self.stash.put(peer, _stash_key(request.lineage, request.unit), entry, time.monotonic())
@@ -195,7 +196,7 @@ class StageService:
                 raise _outdated("the ledger was closed while the microbatch ran")
             return of_input, added, True
 
-        result, added, is_finite = await self._executor.run(compute, JobKind.BACKWARD)
+        result, added, is_finite = await self._executor.run(compute, JobKind.BACKWARD, Purpose.TRAINING)
         self.num_backwards += 1
         self.num_added += added is Added.NOW
         done = node_pb2.StageBackwardDone(unit=request.unit, was_in_ledger=added is Added.BEFORE, is_finite=is_finite)
