@@ -70,6 +70,12 @@ def cli() -> None:
     default=True,
     help="With --run: also serve generation, with copies of its stage's weights.",
 )
+@click.option(
+    "--serving-share",
+    type=float,
+    default=0.5,
+    help="With --run: part of the computing time that sessions get as long as both they and the training want it.",
+)
 @click.option("--max-sessions", type=int, default=64)
 @click.option("--max-sessions-per-peer", type=int, default=16)
 @click.option(

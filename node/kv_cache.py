@@ -10,6 +10,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from node.backend.span_model import SpanCache
+from node.config import NodeConfig
 from protos import node_pb2
 from swarm.messages import Refused
 from swarm.span import Span
@@ -26,6 +27,16 @@ class SessionLimits:
     idle_s: float
     max_batch: int = 1024
     max_length: int = 2**20
+
+
+def session_limits_of(config: NodeConfig, *, num_models: int = 1) -> SessionLimits:
+    """Of each of so many models, which share the memory for caches."""
+    return SessionLimits(
+        cache_bytes=config.cache_bytes // num_models,
+        max_sessions=config.max_sessions,
+        max_sessions_per_peer=config.max_sessions_per_peer,
+        idle_s=config.session_idle_s,
+    )
 
 
 @dataclass(slots=True)

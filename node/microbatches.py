@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from node.config import NodeConfig
 from node.executor import Executor
 from node.job_queue import JobKind
 from node.shard import Shard
@@ -41,6 +42,16 @@ class MicrobatchLimits:
     max_tokens: int
     """Rows x tokens of one microbatch."""
     idle_s: float
+
+
+def microbatch_limits_of(config: NodeConfig, *, num_models: int = 1) -> MicrobatchLimits:
+    """Of each of so many models, which share the memory for graphs."""
+    return MicrobatchLimits(
+        stash_bytes=config.stash_bytes // num_models,
+        stash_expiry_s=config.stash_expiry_s,
+        max_tokens=config.max_microbatch_tokens,
+        idle_s=config.session_idle_s,
+    )
 
 
 @dataclass(frozen=True, slots=True)

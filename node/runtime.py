@@ -19,8 +19,8 @@ import psutil
 from node.announcer import Announcer
 from node.config import NodeConfig
 from node.executor import Executor
-from node.kv_cache import SessionLimits, SessionTable
-from node.microbatches import Microbatches, MicrobatchLimits
+from node.kv_cache import SessionTable, session_limits_of
+from node.microbatches import Microbatches, microbatch_limits_of
 from node.placement import block_rates, blocks_that_fit, choose_span, must_yield
 from node.service import NodeService
 from node.shard import DTYPES, Shard, load_shard
@@ -30,8 +30,8 @@ from swarm.ending import cancelled
 from swarm.errors import SwarmError, UserError
 from swarm.messages import NODE_PROTOCOL, PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
 from swarm.p2p.directory import Directory
-from swarm.p2p.host import Host, HostConfig, running_host, strip_peer_id
-from swarm.records import MAX_ADDRESSES, ShardRecord, ShardState
+from swarm.p2p.host import Host, HostConfig, running_host
+from swarm.records import ShardRecord, ShardState
 from swarm.signals import Signals
 from swarm.span import Span
 
@@ -66,8 +66,8 @@ class Node:
             checkpoint = await self._open_checkpoint(directory)
             announcer = await self._claim_span(host, directory, checkpoint)
             shard, throughput = await self._load(checkpoint, announcer.record.span)
-            sessions = SessionTable(self._session_limits(), shard.cache_bytes_per_token)
-            microbatches = Microbatches(shard, self._executor, self._microbatch_limits())
+            sessions = SessionTable(session_limits_of(config), shard.cache_bytes_per_token)
+            microbatches = Microbatches(shard, self._executor, microbatch_limits_of(config))
             service = NodeService(shard, checkpoint.name, self._executor, sessions, microbatches)
             await host.serve(NODE_PROTOCOL, service.handle)
 
@@ -98,7 +98,7 @@ class Node:
     async def _claim_span(self, host: Host, directory: Directory, checkpoint: Checkpoint) -> Announcer:
         """Choose the span (if not told) and announce JOINING for it; choose again if another joiner took the same one first."""
         spec = await self._on_device(lambda: checkpoint.spec)
-        addresses = tuple(map(strip_peer_id, await host.addresses()))[:MAX_ADDRESSES]
+        addresses = await host.record_addresses()
         peers_are_elsewhere = any("/127.0.0.1/" not in peer for peer in self.config.initial_peers)
         if peers_are_elsewhere and all("/127.0.0.1/" in address for address in addresses):
             log.warning(
@@ -184,24 +184,6 @@ class Node:
                 renewal.result()
         finally:
             await cancelled(tasks)
-
-    def _session_limits(self) -> SessionLimits:
-        config = self.config
-        return SessionLimits(
-            cache_bytes=config.cache_bytes,
-            max_sessions=config.max_sessions,
-            max_sessions_per_peer=config.max_sessions_per_peer,
-            idle_s=config.session_idle_s,
-        )
-
-    def _microbatch_limits(self) -> MicrobatchLimits:
-        config = self.config
-        return MicrobatchLimits(
-            stash_bytes=config.stash_bytes,
-            stash_expiry_s=config.stash_expiry_s,
-            max_tokens=config.max_microbatch_tokens,
-            idle_s=config.session_idle_s,
-        )
 
     async def _on_device(self, function: Callable[[], T]) -> T:
         return await self._executor.run(function)

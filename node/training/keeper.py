@@ -9,6 +9,7 @@ import asyncio
 import logging
 import random
 
+from node.device_share import Purpose
 from node.executor import Executor
 from node.training.device_work import DeviceWork
 from node.training.placement import is_keeper_needed
@@ -72,7 +73,7 @@ class Keeper:
             checkpoints = Checkpoints(self._store, spec.ends_stage, parameters.size)
             return parameters, checkpoints, checkpoints.resume(parameters)
 
-        parameters, checkpoints, resumed = await self._executor.run(load)
+        parameters, checkpoints, resumed = await self._executor.run(load, purpose=Purpose.TRAINING)
         self.membership = Membership(
             self._run_host, self._store, spec.ends_stage, parameters, DeviceWork(self._executor),
             is_keeper=True, is_reachable=self._is_reachable, checkpoints=checkpoints, resumed=resumed, config=self._config,

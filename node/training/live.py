@@ -16,10 +16,11 @@ from torch import Tensor
 
 from node.announcer import Announcer
 from node.config import NodeConfig
+from node.device_share import Purpose
 from node.executor import Executor
 from node.job_queue import JobKind
-from node.kv_cache import SessionLimits, SessionTable
-from node.microbatches import Microbatches, MicrobatchLimits
+from node.kv_cache import SessionTable, session_limits_of
+from node.microbatches import Microbatches, microbatch_limits_of
 from node.service import NodeService
 from node.shard import Shard, load_shard
 from node.throughput import Throughput, measure_throughput
@@ -27,8 +28,7 @@ from swarm.ending import cancelled
 from swarm.epoch.messages import Place
 from swarm.errors import SwarmError
 from swarm.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
-from swarm.p2p.host import strip_peer_id
-from swarm.records import MAX_ADDRESSES, ShardRecord, ShardState
+from swarm.records import ShardRecord, ShardState
 from swarm.run_store import RunStore
 from swarm.training.hf_checkpoint import WeightLayout
 from swarm.training.run_host import RunHost
@@ -93,30 +93,18 @@ class LiveModels:
             return
         if shard.model_digest in self._live:
             return
-        limits = SessionLimits(
-            cache_bytes=config.cache_bytes // NUM_LIVE,
-            max_sessions=config.max_sessions,
-            max_sessions_per_peer=config.max_sessions_per_peer,
-            idle_s=config.session_idle_s,
-        )
-        microbatches = MicrobatchLimits(
-            stash_bytes=config.stash_bytes // NUM_LIVE,
-            stash_expiry_s=config.stash_expiry_s,
-            max_tokens=config.max_microbatch_tokens,
-            idle_s=config.session_idle_s,
-        )
-        service = NodeService(
-            shard,
-            name,
-            self._executor,
-            SessionTable(limits, shard.cache_bytes_per_token),
-            Microbatches(shard, self._executor, microbatches),
-        )
+        sessions = SessionTable(session_limits_of(config, num_models=NUM_LIVE), shard.cache_bytes_per_token)
+        microbatches = Microbatches(shard, self._executor, microbatch_limits_of(config, num_models=NUM_LIVE))
+        service = NodeService(shard, name, self._executor, sessions, microbatches)
         announcer = Announcer(self._run_host.directory, await self._record(shard, name), config.record_lifetime_s)
         await announcer.announce()
         renewal = asyncio.create_task(announcer.keep_alive())
         self._live[shard.model_digest] = _Live(place, service, announcer, renewal)
-        log.info("serving the weights of epoch=%d", place.epoch)
+        used_s = self._executor.share.used_s
+        log.info(
+            "serving the weights of epoch=%d device_s_serving=%.1f device_s_training=%.1f",
+            place.epoch, used_s[Purpose.SERVING], used_s[Purpose.TRAINING],
+        )  # fmt: skip
         while len(self._live) > NUM_LIVE:
             _, oldest = self._live.popitem(last=False)
             await self._retire(oldest, place)
@@ -137,7 +125,7 @@ class LiveModels:
             expires_at=time.time() + self._config.record_lifetime_s,
             decode_s_per_block=self._throughput.decode_s_per_block,
             prefill_tokens_per_s=self._throughput.prefill_tokens_per_s,
-            addresses=tuple(map(strip_peer_id, await self._run_host.host.addresses()))[:MAX_ADDRESSES],
+            addresses=await self._run_host.host.record_addresses(),
             protocol_major=PROTOCOL_MAJOR,
             protocol_minor=PROTOCOL_MINOR,
             software=SOFTWARE,

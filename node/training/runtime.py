@@ -11,14 +11,16 @@ import os
 import time
 
 from node.config import NodeConfig
+from node.device_share import DeviceShare, Purpose
 from node.executor import Executor
+from node.microbatches import microbatch_limits_of
 from node.runtime import host_config_of
 from node.throughput import measure_throughput
 from node.training.device_work import DeviceWork
 from node.training.keeper import Keeper
 from node.training.live import LiveModels
 from node.training.placement import choose_stage
-from node.training.service import StageLimits, StageService
+from node.training.service import StageService
 from node.training.stage import TrainableStage
 from swarm.ending import cancelled
 from swarm.errors import UserError
@@ -27,10 +29,11 @@ from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host, running_host
 from swarm.run_store import RunStore
 from swarm.signals import Signals
-from swarm.training.checkpoints import Checkpoints, saved_stages
+from swarm.training.checkpoints import Checkpoints, Resumed, saved_stages
 from swarm.training.find_run import find_run
 from swarm.training.initial import open_initial_weights
 from swarm.training.membership import Membership
+from swarm.training.parameters import StageParameters
 from swarm.training.run_host import run_host
 
 log = logging.getLogger(__name__)
@@ -42,7 +45,7 @@ class TrainingNode:
     def __init__(self, config: NodeConfig) -> None:
         assert config.run_id is not None
         self.config, self.run_id = config, config.run_id
-        self._executor = Executor(config.max_waiting_jobs)
+        self._executor = Executor(config.max_waiting_jobs, DeviceShare(config.serving_share))
 
     async def run(self) -> None:
         """Join, take a stage, train until SIGTERM or SIGINT, leave. Raises SwarmError with a line for the user."""
@@ -59,10 +62,12 @@ class TrainingNode:
             store = await find_run(directory, self.run_id, config.cache_dir)
             self._check_limits(store)
             stage_number = await self._choose(directory, store)
-            stage, tokens_per_s = await self._executor.run(lambda: self._load(store, stage_number))
+            stage, tokens_per_s = await self._executor.run(
+                lambda: self._load(store, stage_number), purpose=Purpose.TRAINING
+            )
             shared = await stack.enter_async_context(run_host(host, directory))
             checkpoints = Checkpoints(store, stage_number, stage.parameters.size)
-            resumed = await self._executor.run(lambda: checkpoints.resume(stage.parameters))
+            resumed = await self._executor.run(lambda: checkpoints.resume(stage.parameters), purpose=Purpose.TRAINING)
             membership = Membership(
                 shared, store, stage_number, stage.parameters, DeviceWork(self._executor),
                 is_reachable=not config.use_relay, checkpoints=checkpoints, resumed=resumed, config=config.membership,
@@ -71,10 +76,8 @@ class TrainingNode:
             live = LiveModels(shared, store, stage_number, self._executor, config)
             stack.push_async_callback(live.close)
             checkpoints.on_saved.append(live.begin)
-            saved = [place for place in checkpoints.places if checkpoints.is_checkpoint(place)]
-            if saved and (newest := await checkpoints.load(saved[0], stage.parameters)):
-                live.begin(saved[0], newest[0].values, is_checkpoint=True)
-            service = StageService(stage, membership, self._executor, self._limits(), live)
+            await self._serve_saved(live, checkpoints, stage.parameters, resumed)
+            service = StageService(stage, membership, self._executor, microbatch_limits_of(config), live)
             membership.on_commit.append(lambda commit: service.forget_graphs())
             await host.serve(NODE_PROTOCOL, service.handle)
             await stack.enter_async_context(membership.running())
@@ -111,14 +114,17 @@ class TrainingNode:
         stage = TrainableStage(open_initial_weights(store.spec), store.spec, number, self.config.device)
         return stage, measure_throughput(stage.model, self.config.threads).prefill_tokens_per_s / 3
 
-    def _limits(self) -> StageLimits:
-        config = self.config
-        return StageLimits(
-            stash_bytes=config.stash_bytes,
-            stash_expiry_s=config.stash_expiry_s,
-            max_tokens=config.max_microbatch_tokens,
-            idle_s=config.session_idle_s,
-        )
+    async def _serve_saved(
+        self, live: LiveModels, checkpoints: Checkpoints, parameters: StageParameters, resumed: Resumed | None
+    ) -> None:
+        """The newest checkpoint on this disk, so that sessions need not wait for the next one."""
+        place = next((place for place in checkpoints.places if checkpoints.is_checkpoint(place)), None)
+        if place is None or not self.config.serves_sessions:
+            return
+        if resumed is not None and resumed.place == place:
+            live.begin(place, await self._executor.run(parameters.state.values.clone), is_checkpoint=True)
+        elif (loaded := await checkpoints.load(place, parameters)) is not None:
+            live.begin(place, loaded[0].values, is_checkpoint=True)
 
     async def _train_until(self, stop: asyncio.Event, host: Host, keeper: Keeper) -> None:
         stopped, died = asyncio.create_task(stop.wait()), asyncio.create_task(host.wait_until_dead())
@@ -143,6 +149,7 @@ class TrainingNode:
             "stage": number,
             "span": str(stage.span),
             "num_parameters": stage.parameters.size,
+            "serving_share": self._executor.share.of[Purpose.SERVING],
             "ready_s": round(ready_s, 2),
             "pid": os.getpid(),
         }

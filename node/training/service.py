@@ -10,12 +10,13 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass
 
 from torch import Tensor
 
+from node.device_share import Purpose
 from node.executor import Executor
 from node.job_queue import JobKind
+from node.microbatches import MicrobatchLimits
 from node.service import NodeService
 from node.stash import Stash
 from node.training.live import LiveModels
@@ -45,17 +46,6 @@ MAX_REFUSALS_PER_STREAM = 64
 _OPEN_TIMEOUT_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class StageLimits:
-    """What a stage grants."""
-
-    stash_bytes: int
-    stash_expiry_s: float
-    max_tokens: int
-    """Rows x tokens of one microbatch."""
-    idle_s: float
-
-
 class StageService:
     """Handles streams of the protocol "shardswarm/node" that open a stage."""
 
@@ -64,7 +54,7 @@ class StageService:
         stage: TrainableStage,
         membership: Membership,
         executor: Executor,
-        limits: StageLimits,
+        limits: MicrobatchLimits,
         live: LiveModels | None = None,
     ) -> None:
         """live: who serves streams that open something else."""
@@ -167,7 +157,7 @@ class StageService:
             entry = self._stage.differentiable(hidden, samples)
             return entry, entry.output.detach()
 
-        entry, output = await self._executor.run(compute, JobKind.FORWARD)
+        entry, output = await self._executor.run(compute, JobKind.FORWARD, Purpose.TRAINING)
         self.num_forwards += 1
         if entry is not None and self._membership.weights_at[0] == place:
             self.stash.put(peer, _stash_key(request.lineage, request.unit), entry, time.monotonic())
@@ -206,7 +196,7 @@ class StageService:
                 raise _outdated("the ledger was closed while the microbatch ran")
             return of_input, added, True
 
-        result, added, is_finite = await self._executor.run(compute, JobKind.BACKWARD)
+        result, added, is_finite = await self._executor.run(compute, JobKind.BACKWARD, Purpose.TRAINING)
         self.num_backwards += 1
         self.num_added += added is Added.NOW
         done = node_pb2.StageBackwardDone(unit=request.unit, was_in_ledger=added is Added.BEFORE, is_finite=is_finite)

@@ -30,6 +30,7 @@ from swarm.errors import JoinFailed, PeerFailed, UserError
 from swarm.identity import Identity
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.runtime_dir import private_directory
+from swarm.records import MAX_ADDRESSES
 
 log = logging.getLogger(__name__)
 hivemind_logging.use_hivemind_log_handler("nowhere")  # p2pd's and the DHT's own words go to our log only when asked for
@@ -86,6 +87,10 @@ class Host:
         """Multiaddrs at which others can reach us, each ending in /p2p/<peer id>."""
         circuits = [f"{relay}/p2p-circuit/p2p/{self.peer_id}" for relay in self._relays]
         return circuits + [str(address) for address in await self.p2p.get_visible_maddrs(latest=True)]
+
+    async def record_addresses(self) -> tuple[str, ...]:
+        """The same as they are in records, which say the peer id elsewhere and take only so many."""
+        return tuple(map(strip_peer_id, await self.addresses()))[:MAX_ADDRESSES]
 
     async def connect(self, peer_id: str, addresses: Iterable[str], timeout_s: float) -> None:
         """Make sure that there is a connection to a peer. Raises PeerFailed."""

@@ -99,10 +99,9 @@ class Checkpoints:
                 place, commit = saved.place, saved.commit
             except BadRequest as error:
                 log.warning("saved state not used file=%s reason=%s", saved.path, error)
-        for step, kept in self._journal.steps_after(place):
-            apply_commit(parameters, self._spec, step, None if kept is None else kept.vector)
-            place, commit = step.after, step
-            self._journal_end = place
+        place, last = self._replay(self._journal, place, parameters)
+        if last is not None:
+            commit, self._journal_end = last, place
         held = self._journal.read_sum(place)
         if commit is None and held is None:
             return None
@@ -168,8 +167,11 @@ class Checkpoints:
 
     def apply_kept(self, place: Place, parameters: StageParameters) -> tuple[Place, Commit | None]:
         """Take the kept steps after a place, where the parameters are. Where they are then, and the last commit (None: no step)."""
+        return (place, None) if self._queue is None else self._replay(self._queue, place, parameters)
+
+    def _replay(self, journal: Journal, place: Place, parameters: StageParameters) -> tuple[Place, Commit | None]:
         last: Commit | None = None
-        for commit, kept in self._queue.steps_after(place) if self._queue is not None else ():
+        for commit, kept in journal.steps_after(place):
             apply_commit(parameters, self._spec, commit, None if kept is None else kept.vector)
             place, last = commit.after, commit
         return place, last
@@ -210,10 +212,14 @@ class Checkpoints:
 
     async def save(self, place: Place, commit: Commit | None, state: StageState) -> None:
         """A disk that is full or broken costs a line in the log; what was saved before is as it was."""
+
+        def write() -> None:
+            self.states.save(place, commit, state)
+            self._journal.drop_before(place.epoch)
+            self._look()
+
         try:
-            await asyncio.to_thread(self.states.save, place, commit, state)
-            await asyncio.to_thread(self._journal.drop_before, place.epoch)
-            await asyncio.to_thread(self._look)
+            await asyncio.to_thread(write)
         except UserError as error:
             log.error("state not saved epoch=%d reason=%s", place.epoch, error)
             return
@@ -221,11 +227,11 @@ class Checkpoints:
         for callback in self.on_saved:
             callback(place, state.values, self.is_checkpoint(place))
 
-    async def prune(self, seen: Mapping[int, Collection[Place]], stage: int, num_stages: int) -> None:
+    async def prune(self, seen: Mapping[int, Collection[Place]]) -> None:
         """seen: what the others have on their disks."""
         own = self.places
-        everywhere = {**seen, stage: {*seen.get(stage, ()), *own}}
-        keep = states_to_keep(own, everywhere, num_stages)
+        everywhere = {**seen, self._stage: {*seen.get(self._stage, ()), *own}}
+        keep = states_to_keep(own, everywhere, self._spec.num_stages)
         if set(own) - keep and (self._saving is None or self._saving.done()):
             await asyncio.to_thread(self.states.prune, keep)
             await asyncio.to_thread(self._look)

@@ -30,8 +30,7 @@ from swarm.member_record import MAX_SAVED, MemberRecord
 from swarm.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
 from swarm.p2p.averaging import Exchanged, plan_exchange, share_out
 from swarm.p2p.framing import FramedStream
-from swarm.p2p.host import strip_peer_id
-from swarm.records import MAX_ADDRESSES, MAX_LIFETIME_S, ShardState
+from swarm.records import MAX_LIFETIME_S, ShardState
 from swarm.run_spec import RunSpec
 from swarm.run_store import RunStore
 from swarm.training.artifacts import send_artifact
@@ -185,7 +184,6 @@ class Membership:
         self._was_at_work, self._has_news = False, asyncio.Event()
         self._addresses: tuple[str, ...] = ()
         self._leaderless_ticks = 0
-        self._saved_by_others: dict[int, set[Place]] = {}
         self._lost_at: dict[str, float] = {}
         self._links = Links(
             run_host,
@@ -247,7 +245,7 @@ class Membership:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Take part while the body runs; leave at its end. Raises what made it impossible to go on."""
-        self._addresses = tuple(map(strip_peer_id, await self.host.addresses()))[:MAX_ADDRESSES]
+        self._addresses = await self.host.record_addresses()
         self._links.start()
         body = asyncio.current_task()
         assert body is not None
@@ -357,7 +355,7 @@ class Membership:
         if self.checkpoints is None:
             return
         try:
-            await self.checkpoints.prune(saved_by_stage(records), self.stage, self.spec.num_stages)
+            await self.checkpoints.prune(saved_by_stage(records))
         except UserError as error:
             log.warning("saved states cannot be looked at: %s", error)
 
@@ -498,14 +496,14 @@ class Membership:
     async def _step(self, commit: Commit) -> None:
         held = self._held.pop((commit.term, commit.attempt), None)
         self._held.clear()
+        if not self.member.is_ready:
+            await self._keep_step(commit, held)
+            return
 
         def compute() -> None:
             apply_commit(self.parameters, self.spec, commit, None if held is None else held.vector)
             self.weights_at = commit.after, commit
 
-        if not self.member.is_ready:
-            await self._keep_step(commit, held)
-            return
         await self.work.on_device(compute)
         if held is not None:
             self._residual = held.residual

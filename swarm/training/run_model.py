@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -51,13 +50,11 @@ def _model_spec(run_id: bytes, spec: RunSpec, place: Place, hidden_size: int) ->
 class RunModel:
     """As much of the weights as is here. Offers what nodes and clients ask of a Checkpoint."""
 
-    def __init__(
-        self, store: RunStore, place: Place, values: Mapping[int, Tensor], layout: WeightLayout | None = None
-    ) -> None:
+    def __init__(self, store: RunStore, place: Place, values: Mapping[int, Tensor], layout: WeightLayout) -> None:
         """values: the vectors, float32 [size], of those stages (the number of stages: the ends) that are here."""
         self.place = place
-        self.store, self._values, self._layout = store, values, layout or WeightLayout(store.spec)
-        self.config = self._layout.config
+        self.store, self._values, self._layout = store, values, layout
+        self.config = layout.config
         self.spec = _model_spec(store.run_id, store.spec, place, int(self.config.hidden_size))
         self.name, self.source = self.spec.name, self.spec.source
         self.num_blocks = store.spec.num_blocks
@@ -77,19 +74,9 @@ class RunModel:
             for block in span
         ]
 
-    def expected_digests(self) -> None:
-        """What the blocks should be only the nodes know."""
-        return
-
-    @property
-    def folder(self) -> Path:
-        return self.store.tokenizer_folder()
-
     def tokenizer(self) -> Any:
         """The run's transformers tokenizer. Raises UserError."""
         return self.store.tokenizer()
 
     def generation_config(self) -> None:
         return
-
-    def close(self) -> None: ...

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from node.executor import Executor
+from node.microbatches import MicrobatchLimits
 from node.training.device_work import DeviceWork
-from node.training.service import StageLimits, StageService
+from node.training.service import StageService
 from node.training.stage import TrainableStage
 from protos import node_pb2
 from swarm.client.config import ClientConfig
@@ -84,7 +85,7 @@ async def served(folder: Path, stash_bytes: int = 2**26, **rules: Any) -> AsyncI
         stage = TrainableStage(open_initial_weights(store.spec), store.spec, 0)
         membership = Membership(RunHost(node, None), store, 0, stage.parameters, DeviceWork(executor))  # type: ignore[arg-type]
         membership.ledger.obey(TERM)
-        service = StageService(stage, membership, executor, StageLimits(stash_bytes, 60, 64, 60))
+        service = StageService(stage, membership, executor, MicrobatchLimits(stash_bytes, 60, 64, 60))
         await node.serve(NODE_PROTOCOL, service.handle)
         hops = StageHops(
             client,
