@@ -7,12 +7,16 @@ from collections.abc import Sequence
 
 import torch
 
+from node.backend.adapter import attach
 from node.backend.span_model import SpanModel
+from node.shard import DTYPES, Shard, checked_shard
 from node.training.stage_model import hold_casts, load_stage_model
 from swarm.decoder import BlockSource
 from swarm.model_spec import config_digest
 from swarm.run_spec import Precision, RunSpec
+from swarm.training.adapters import AdapterLayout
 from swarm.training.initial import open_initial_weights
+from swarm.training.run_model import RunModel
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,13 @@ class FrozenBlocks:
     def for_sessions(self, spec: RunSpec, stage: int, device: str, dtype: torch.dtype) -> SpanModel:
         """The same, computing in dtype throughout."""
         return self._shared(spec, stage, device, dtype, False, None)
+
+    def adapted_shard(self, model: RunModel, layout: AdapterLayout, stage: int, precision: str, device: str) -> Shard:
+        """The blocks of a stage with the adapters of a place, which nobody changes any more."""
+        blocks = self.for_sessions(layout.spec, stage, device, DTYPES[precision])
+        tensors = model.load_blocks(blocks.span)
+        attach(blocks, layout, stage, tensors)
+        return checked_shard(model, blocks, tuple(model.digest_blocks(blocks.span, tensors)), precision)
 
     def _shared(
         self, spec: RunSpec, stage: int, device: str, dtype: torch.dtype, is_autocast: bool, source: BlockSource | None

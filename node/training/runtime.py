@@ -17,6 +17,7 @@ from node.microbatches import microbatch_limits_of
 from node.runtime import host_config_of
 from node.throughput import measure_throughput
 from node.training.device_work import DeviceWork
+from node.training.frozen_blocks import FrozenBlocks
 from node.training.keeper import Keeper
 from node.training.live import LiveModels
 from node.training.placement import choose_stage
@@ -45,6 +46,7 @@ class TrainingNode:
     def __init__(self, config: NodeConfig) -> None:
         assert config.run_id is not None
         self.config, self.run_id = config, config.run_id
+        self._frozen = FrozenBlocks()
         self._executor = Executor(config.max_waiting_jobs, DeviceShare(config.serving_share))
 
     async def run(self) -> None:
@@ -73,7 +75,7 @@ class TrainingNode:
                 is_reachable=not config.use_relay, checkpoints=checkpoints, resumed=resumed, config=config.membership,
             )  # fmt: skip
             membership.tokens_per_s = tokens_per_s
-            live = LiveModels(shared, store, stage_number, self._executor, config)
+            live = LiveModels(shared, store, stage_number, self._executor, config, self._frozen)
             stack.push_async_callback(live.close)
             checkpoints.on_saved.append(live.begin)
             await self._serve_saved(live, checkpoints, stage.parameters, resumed)
@@ -111,7 +113,7 @@ class TrainingNode:
     def _load(self, store: RunStore, number: int) -> tuple[TrainableStage, float]:
         """The stage, and about how many tokens per second it trains: a backward takes twice a forward's time."""
         log.info("loading run=%s stage=%d", self.run_id.hex()[:8], number)
-        stage = TrainableStage(open_initial_weights(store.spec), store.spec, number, self.config.device)
+        stage = TrainableStage(open_initial_weights(store.spec), store.spec, number, self.config.device, self._frozen)
         return stage, measure_throughput(stage.model, self.config.threads).prefill_tokens_per_s / 3
 
     async def _serve_saved(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from swarm.decoder import BlockSource
 from swarm.ends import Ends
 from swarm.run_spec import RunSpec
@@ -17,6 +19,13 @@ def load_ends(source: BlockSource, spec: RunSpec) -> tuple[Ends, StageParameters
     ends.module.requires_grad_(spec.lora is None)
     named = ends.module.named_parameters() if spec.lora is None else ()
     return ends, StageParameters(named, spec.optimizer, is_delayed=spec.delay > 0)
+
+
+def load_initial_ends(spec: RunSpec) -> dict[str, Tensor]:
+    """Their tensors, which adapter runs leave as they are. Raises as load_ends."""
+    tensors = open_initial_weights(spec).load_ends()
+    check_initial(spec, spec.ends_stage, tensors)
+    return tensors
 
 
 def load_ends_parameters(spec: RunSpec) -> StageParameters:
