@@ -18,8 +18,8 @@ class NodeConfig:
 
     model: str = ""
     """Alias, hub id, directory or GGUF file; empty when it is a run's."""
-    run_id: bytes | None = None
-    """Train a stage of this run, instead of serving blocks of a model."""
+    run_ids: tuple[bytes, ...] = ()
+    """Train a stage of each of these runs, instead of serving blocks of a model."""
     membership: MembershipConfig = field(default_factory=MembershipConfig)
     initial_peers: tuple[str, ...] = ()
     """Multiaddrs ending in /p2p/<peer id>; empty: a new swarm."""
@@ -64,8 +64,12 @@ class NodeConfig:
     """Of a node that trains: the part of the device's time that is its sessions' as long as work of both waits."""
 
     def __post_init__(self) -> None:
-        if bool(self.model) == (self.run_id is not None):
+        if bool(self.model) == bool(self.run_ids):
             raise UserError("say what to host: either --model, or --run for a stage of a training run")
+        if len(set(self.run_ids)) < len(self.run_ids):
+            raise UserError(
+                "--run names a run twice: a node holds one stage of it; start another node for another stage"
+            )
         if self.precision not in PRECISIONS:
             raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         positive = {

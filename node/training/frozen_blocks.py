@@ -46,6 +46,13 @@ class FrozenBlocks:
         attach(blocks, layout, stage, tensors)
         return checked_shard(model, blocks, tuple(model.digest_blocks(blocks.span, tensors)), precision)
 
+    def stages_here(self, spec: RunSpec) -> set[int]:
+        """The stages of an adapter run whose blocks are here already."""
+        if spec.lora is None:
+            return set()
+        loaded = {(key[0], key[2]) for key in self._models}
+        return {stage for stage, span in enumerate(spec.stages) if (spec.initial_digests[stage], span) in loaded}
+
     def _shared(
         self, spec: RunSpec, stage: int, device: str, dtype: torch.dtype, is_autocast: bool, source: BlockSource | None
     ) -> SpanModel:

@@ -1,35 +1,29 @@
-"""Adapter runs from end to end: PEFT loads what is exported, and it says what the swarm says."""
+"""Adapter runs from end to end: several at once on the same nodes, and each is as if it were alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import swarm
 from swarm.client.export import export_run
 from swarm.client.runs import publish_run
+from swarm.run_store import RunStore
 from tests.support.fork_server import ForkServer
 from tests.support.models import save_tiny
-from tests.support.processes import local_swarm, wait_until
-from tests.support.training_swarm import TrainingSwarm, make_run
+from tests.support.one_process_training import samples_of_run, train_in_one_process
+from tests.support.processes import Process, local_swarm, wait_until
+from tests.support.training_swarm import ALICE, TrainingSwarm, largest_error, make_run, weights_of_run
 
-NUM_EPOCHS = 6
 PROMPT = "Alice was"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny("llama", tmp_path_factory.mktemp("model") / "base")
-
-
-def adapter_run(folder: Path, base: Path, **rules: Any) -> Any:
-    lora = {"trainable": "lora", "lora.rank": 4, "optimizer.lr": 3e-2, "model.weights": str(base), "model.seed": 1}
-    saving = {"end.epochs": NUM_EPOCHS, "checkpoint_every": 3, "keepers": 1}
-    return make_run(folder, **{**lora, **saving, **rules})
+def adapter_run(folder: Path, base: Path, **rules: Any) -> RunStore:
+    fixed = {"trainable": "lora", "model.weights": str(base), "checkpoint_every": 3, "keepers": 1, "microbatch": 2}
+    return make_run(folder, **{**fixed, **rules})
 
 
 def greedy(model: Any, tokenizer: Any) -> list[int]:
@@ -37,25 +31,56 @@ def greedy(model: Any, tokenizer: Any) -> list[int]:
     return list(model.generate(**inputs, max_new_tokens=12, do_sample=False)[0].tolist())
 
 
-def test_the_exported_adapter_says_what_the_swarm_says(tmp_path: Path, fork_server: ForkServer, base: Path) -> None:
-    store = adapter_run(tmp_path / "run", base)
-    with local_swarm(tmp_path / "swarm", fork_server=fork_server) as nodes:
-        publish_run(store, nodes.initial_peers, 15)
-        training = TrainingSwarm(nodes, store, tmp_path / "run")
-        members = [training.start_node(stage, cache=tmp_path / f"node{stage}") for stage in (0, 1)]
-        trainer = training.start_trainer()
-        trainer.wait(60)
-        served = f"serving the weights of epoch={NUM_EPOCHS}"
-        wait_until(lambda: all(served in member.log for member in members), 30, "the last adapters are served")
-        client_cache, peers = tmp_path / "client", nodes.initial_peers
-        exported = export_run(store.run_id, peers, tmp_path / "out", cache_dir=client_cache)
-        with swarm.connect(
-            initial_peers=peers, model=f"run:{training.run_id}@{NUM_EPOCHS}", cache_dir=client_cache
-        ) as client:
-            said = greedy(client.model(), client.tokenizer())
-    assert exported.place.epoch == NUM_EPOCHS
-    plain = AutoModelForCausalLM.from_pretrained(base)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    before = greedy(plain, tokenizer)
-    assert greedy(PeftModel.from_pretrained(plain, tmp_path / "out"), tokenizer) == said
-    assert said != before, "the adapter changed nothing"
+def check_alone(training: TrainingSwarm, nodes: list[Process], trainer: Process) -> None:
+    """The run's weights and losses are those of PEFT's in one process on this run's data."""
+    spec = training.store.spec
+    expected = train_in_one_process(spec, samples_of_run(training.store, training.folder / "data"))
+    losses = [step["loss"] for _, step in sorted(training.steps_of(trainer).items())]
+    assert len(losses) == spec.num_epochs
+    assert all(abs(loss / right - 1) < 1e-5 for loss, right in zip(losses, expected.losses, strict=True))
+    error = largest_error(weights_of_run(training, nodes, trainer), expected.weights)
+    print(f"largest relative error {error:.1e}, loss {losses[0]:.3f} to {losses[-1]:.3f}")
+    assert error < 1e-5
+
+
+def test_two_owners_runs_on_the_same_blocks_do_not_see_each_other(tmp_path: Path, fork_server: ForkServer) -> None:
+    """Another rank, other linears, other data, another length. Each node process has the blocks once."""
+    base = save_tiny("llama", tmp_path / "base")
+    one = adapter_run(tmp_path / "one", base, **{"lora.rank": 4, "optimizer.lr": 1e-2, "end.epochs": 9})
+    small = {"lora.rank": 2, "lora.alpha": 32, "lora.target_modules": ["q_proj", "v_proj"], "precision": "fp32"}
+    other = adapter_run(
+        tmp_path / "other", base, texts=ALICE[::-1], **small, **{"optimizer.lr": 2e-2, "end.epochs": 6, "model.seed": 8}
+    )
+    assert one.owner != other.owner and one.spec.initial_digests == other.spec.initial_digests
+    with local_swarm(tmp_path / "swarm", fork_server=fork_server) as local:
+        peers = local.initial_peers
+        runs = [TrainingSwarm(local, store, tmp_path / name) for store, name in ((one, "one"), (other, "other"))]
+        for run in runs:
+            publish_run(run.store, peers, 15)
+        both = ("--run", runs[1].run_id)
+        nodes = [runs[0].start_node(stage, *both, cache=tmp_path / f"node{stage}") for stage in (0, 1)]
+        trainers = [run.start_trainer() for run in runs]
+        for node in nodes:
+            assert [hosted["run"] for hosted in node.ready()["runs"]] == [run.run_id for run in runs]
+            assert "frozen blocks shared" in node.log
+        for trainer in trainers:
+            trainer.wait(60)
+        for run, trainer in zip(runs, trainers, strict=True):
+            check_alone(run, nodes, trainer)
+        for run in runs:
+            served = f"run={run.run_id[:8]} serving the weights of epoch={run.store.spec.num_epochs} "
+            wait_until(
+                lambda served=served: all(served in node.log for node in nodes), 30, "its last adapters are served"
+            )
+        texts = []
+        for run in runs:
+            epoch, cache = run.store.spec.num_epochs, tmp_path / "client"
+            assert export_run(run.store.run_id, peers, run.folder / "out", cache_dir=cache).place.epoch == epoch
+            with swarm.connect(initial_peers=peers, model=f"run:{run.run_id}@{epoch}", cache_dir=cache) as client:
+                texts.append(greedy(client.model(), client.tokenizer()))
+    for run, text in zip(runs, texts, strict=True):
+        plain = AutoModelForCausalLM.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(run.folder / "out")
+        before = greedy(plain, tokenizer)
+        assert greedy(PeftModel.from_pretrained(plain, run.folder / "out"), tokenizer) == text != before
+    assert texts[0] != texts[1]

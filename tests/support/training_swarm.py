@@ -101,7 +101,7 @@ class TrainingSwarm:
 
     def steps_of(self, member: Process, *, is_keeper: bool = False) -> dict[int, dict[str, Any]]:
         """What a member wrote at each step. is_keeper: of the ends, a node that keeps them."""
-        steps = [line for line in self.trace_of(member) if "epoch" in line]
+        steps = [line for line in self.trace_of(member) if "epoch" in line and line["run"] == self.run_id]
         return {line["epoch"]: line for line in steps if line["is_keeper"] is is_keeper}
 
     def faults_of(self, member: Process) -> list[dict[str, Any]]:
@@ -109,7 +109,9 @@ class TrainingSwarm:
 
     def weights_of(self, member: Process) -> dict[str, Tensor]:
         """At the end of the run."""
-        weights: dict[str, Tensor] = torch.load(member.log_path.with_suffix(".pt"), weights_only=True)
+        weights: dict[str, Tensor] = torch.load(
+            member.log_path.with_suffix(f".{self.run_id[:8]}.pt"), weights_only=True
+        )
         return weights
 
 
