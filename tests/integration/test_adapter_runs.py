@@ -84,3 +84,28 @@ def test_two_owners_runs_on_the_same_blocks_do_not_see_each_other(tmp_path: Path
         before = greedy(plain, tokenizer)
         assert greedy(PeftModel.from_pretrained(plain, run.folder / "out"), tokenizer) == text != before
     assert texts[0] != texts[1]
+
+
+def test_who_joins_an_adapter_run_late_gets_adapters_and_ends_without_values(
+    tmp_path: Path, fork_server: ForkServer
+) -> None:
+    """The only trainer and the disk it had are gone in mid-run; a new one, and a second node of a stage, go on."""
+    store = make_run(tmp_path / "run", trainable="lora", **{"lora.rank": 2, "end.epochs": 12, "keepers": 2})
+    with local_swarm(tmp_path / "swarm", fork_server=fork_server) as local:
+        publish_run(store, local.initial_peers, 15)
+        training = TrainingSwarm(local, store, tmp_path / "run")
+        nodes = [training.start_node(stage, cache=tmp_path / f"node{stage}") for stage in (0, 1)]
+        wait_until(lambda: all("keeping the ends" in node.log for node in nodes), 60, "the ends are kept")
+        first = training.start_trainer(fault={"on": "stepped", "at": 5, "action": "SIGKILL"})
+        wait_until(lambda: not first.is_running(), 60, "the trainer is killed")
+        assert training.faults_of(first)
+        joiner = training.start_node(0, cache=tmp_path / "joiner")
+        joiner.ready()
+        second = training.start_trainer(cache=tmp_path / "trainer")
+        second.wait(60)
+        last = store.spec.num_epochs - 1
+        wait_until(lambda: all(last in training.steps_of(node) for node in (*nodes, joiner)), 30, "the run ends")
+        steps = [training.steps_of(member)[last] for member in (*nodes, joiner, second)]
+        assert steps[0]["digest"] == steps[2]["digest"] and steps[2]["downloads"] == steps[3]["downloads"] == 1
+        expected = train_in_one_process(store.spec, samples_of_run(store, training.folder / "data"))
+        assert largest_error(weights_of_run(training, [joiner, nodes[1]], second), expected.weights) < 1e-5
