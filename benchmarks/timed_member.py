@@ -46,7 +46,7 @@ class TimedMembership(membership.Membership):
 
 def time_stage() -> None:
     """Let the node's stage add up its times."""
-    from node.training import runtime
+    from node.training import hosted_run
     from node.training.stage import TrainableStage
 
     class TimedStage(TrainableStage):
@@ -65,8 +65,8 @@ def time_stage() -> None:
             times["backward_s"] += times["last_backward_at"] - started
             return answer
 
-    runtime.TrainableStage = TimedStage  # type: ignore[misc]
-    runtime.Membership = TimedMembership  # type: ignore[misc]
+    hosted_run.TrainableStage = TimedStage  # type: ignore[misc]
+    hosted_run.Membership = TimedMembership  # type: ignore[misc]
 
 
 def gate_trainer() -> None:

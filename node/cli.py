@@ -24,7 +24,7 @@ from swarm.flags import (
 
 MIB = 2**20
 _FIELD_OF = {
-    "run": "run_id",
+    "run": "run_ids",
     "relay": "use_relay",
     "sessions": "serves_sessions",
     "session_idle": "session_idle_s",
@@ -43,7 +43,12 @@ def cli() -> None:
 @cli.command(context_settings={"auto_envvar_prefix": "SHARDSWARM_NODE", "show_default": True})
 @config_option
 @click.option("--model", default="", help="Alias (smollm2-135m), hub id, directory or GGUF file.")
-@click.option("--run", type=RunIdType(), help="Train a stage of this run instead of serving a model's blocks.")
+@click.option(
+    "--run",
+    type=RunIdType(),
+    multiple=True,
+    help="Train a stage of this run instead of serving a model's blocks. May be given several times.",
+)
 @initial_peers_option(required=False)
 @click.option("--blocks", type=BlocksType(), help="Blocks to host. Default: those that the swarm serves worst.")
 @click.option(
@@ -69,6 +74,12 @@ def cli() -> None:
     "--sessions/--no-sessions",
     default=True,
     help="With --run: also serve generation, with copies of its stage's weights.",
+)
+@click.option(
+    "--serving-share",
+    type=float,
+    default=0.5,
+    help="With --run: part of the computing time that sessions get as long as both they and the training want it.",
 )
 @click.option("--max-sessions", type=int, default=64)
 @click.option("--max-sessions-per-peer", type=int, default=16)

@@ -18,8 +18,8 @@ class NodeConfig:
 
     model: str = ""
     """Alias, hub id, directory or GGUF file; empty when it is a run's."""
-    run_id: bytes | None = None
-    """Train a stage of this run, instead of serving blocks of a model."""
+    run_ids: tuple[bytes, ...] = ()
+    """Train a stage of each of these runs, instead of serving blocks of a model."""
     membership: MembershipConfig = field(default_factory=MembershipConfig)
     initial_peers: tuple[str, ...] = ()
     """Multiaddrs ending in /p2p/<peer id>; empty: a new swarm."""
@@ -43,7 +43,7 @@ class NodeConfig:
     max_sessions: int = 64
     max_sessions_per_peer: int = 16
     max_waiting_jobs: int = 128
-    """Steps, forwards and backwards that may wait for the device; more are refused."""
+    """Steps, forwards and backwards that may wait for the device, for sessions and for training each; more are refused."""
     stash_bytes: int = 1024 * 2**20
     """Budget for the autograd graphs of microbatches between forward and backward; 0: always compute again."""
     stash_expiry_s: int = 120
@@ -60,10 +60,16 @@ class NodeConfig:
     cache_dir: Path | None = None
     serves_sessions: bool = True
     """Whether a node that trains also serves sessions, with copies of its stage's weights."""
+    serving_share: float = 0.5
+    """Of a node that trains: the part of the device's time that is its sessions' as long as work of both waits."""
 
     def __post_init__(self) -> None:
-        if bool(self.model) == (self.run_id is not None):
+        if bool(self.model) == bool(self.run_ids):
             raise UserError("say what to host: either --model, or --run for a stage of a training run")
+        if len(set(self.run_ids)) < len(self.run_ids):
+            raise UserError(
+                "--run names a run twice: a node holds one stage of it; start another node for another stage"
+            )
         if self.precision not in PRECISIONS:
             raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         positive = {
@@ -84,6 +90,8 @@ class NodeConfig:
             raise UserError(f"--stash-mib must not be negative, got {self.stash_bytes / 2**20:.0f}")
         if not 3 <= self.record_lifetime_s <= 300:
             raise UserError(f"--record-lifetime must be 3 to 300 seconds, got {self.record_lifetime_s}")
+        if not 0 < self.serving_share < 1:
+            raise UserError(f"--serving-share must be more than 0 and less than 1, got {self.serving_share}")
         if self.use_relay and not self.initial_peers:
             raise UserError("--relay needs --initial-peers, which do the relaying")
         if self.blocks is not None and self.num_blocks is not None and len(self.blocks) != self.num_blocks:

@@ -1,4 +1,4 @@
-"""JobQueue: whose turn it is on the device. Pure bookkeeping, not thread-safe."""
+"""JobQueue: which job of one purpose goes next on the device. Pure bookkeeping, not thread-safe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_PASSED_OVER = 8
 
 
 class JobKind(enum.IntEnum):
-    """What a job is for, the most urgent first: somebody watches the tokens of steps appear."""
+    """What a job does, the most urgent first: somebody watches the tokens of steps appear, or all wait for the run's next step."""
 
     STEP = 0
     FORWARD = 1

@@ -201,7 +201,7 @@ def host_config_of(config: NodeConfig) -> HostConfig:
         announce=config.announce,
         identity_path=config.identity,
         relays=config.initial_peers if config.use_relay else (),
-        max_streams_per_peer=config.max_sessions_per_peer + 8,
+        max_streams_per_peer=config.max_sessions_per_peer + 8 * max(1, len(config.run_ids)),
     )
 
 
@@ -229,7 +229,7 @@ def run_node(config: NodeConfig) -> int:
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            if config.run_id is not None:
+            if config.run_ids:
                 from node.training.runtime import TrainingNode
 
                 runner.run(TrainingNode(config).run())

@@ -45,10 +45,17 @@ def load_shard(checkpoint: Checkpoint | RunModel, span: Span, *, precision: str,
     tensors = checkpoint.load_blocks(span)
     digests = tuple(checkpoint.digest_blocks(span, tensors))
     model = SpanModel(checkpoint, span, dtype=DTYPES[precision], device=device, state_dict=tensors)
+    return checked_shard(checkpoint, model, digests, precision)
+
+
+def checked_shard(
+    checkpoint: Checkpoint | RunModel, model: SpanModel, digests: tuple[bytes, ...], precision: str
+) -> Shard:
+    """Of blocks that are loaded, with the digest of each. UserError if their weights do not compute."""
     _self_check(model, checkpoint.name)
     return Shard(
         model=model,
-        span=span,
+        span=model.span,
         model_digest=checkpoint.spec.digest,
         block_digests=digests,
         numeric_class=precision,

@@ -17,7 +17,7 @@ class SignedRunSpec(_message.Message):
     def __init__(self, payload: _Optional[bytes] = ..., signature: _Optional[bytes] = ..., owner: _Optional[str] = ...) -> None: ...
 
 class RunSpec(_message.Message):
-    __slots__ = ("name", "config_json", "weights", "seed", "initial_digests", "tokenizer", "stage_ends", "sequence_length", "target_batch", "microbatch", "optimizer", "precision", "dropout", "averaging", "delay", "data", "held_out", "eval_every", "num_epochs", "min_replicas", "keepers", "checkpoint_every")
+    __slots__ = ("name", "config_json", "weights", "seed", "initial_digests", "tokenizer", "stage_ends", "sequence_length", "target_batch", "microbatch", "optimizer", "precision", "dropout", "averaging", "delay", "data", "held_out", "eval_every", "num_epochs", "min_replicas", "keepers", "checkpoint_every", "lora")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,7 @@ class RunSpec(_message.Message):
     MIN_REPLICAS_FIELD_NUMBER: _ClassVar[int]
     KEEPERS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_EVERY_FIELD_NUMBER: _ClassVar[int]
+    LORA_FIELD_NUMBER: _ClassVar[int]
     name: str
     config_json: bytes
     weights: str
@@ -62,7 +63,18 @@ class RunSpec(_message.Message):
     min_replicas: int
     keepers: int
     checkpoint_every: int
-    def __init__(self, name: _Optional[str] = ..., config_json: _Optional[bytes] = ..., weights: _Optional[str] = ..., seed: _Optional[int] = ..., initial_digests: _Optional[_Iterable[bytes]] = ..., tokenizer: _Optional[_Iterable[_Union[TokenizerFile, _Mapping]]] = ..., stage_ends: _Optional[_Iterable[int]] = ..., sequence_length: _Optional[int] = ..., target_batch: _Optional[int] = ..., microbatch: _Optional[int] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., precision: _Optional[str] = ..., dropout: _Optional[float] = ..., averaging: _Optional[str] = ..., delay: _Optional[int] = ..., data: _Optional[_Union[RunData, _Mapping]] = ..., held_out: _Optional[_Union[RunData, _Mapping]] = ..., eval_every: _Optional[int] = ..., num_epochs: _Optional[int] = ..., min_replicas: _Optional[int] = ..., keepers: _Optional[int] = ..., checkpoint_every: _Optional[int] = ...) -> None: ...
+    lora: Lora
+    def __init__(self, name: _Optional[str] = ..., config_json: _Optional[bytes] = ..., weights: _Optional[str] = ..., seed: _Optional[int] = ..., initial_digests: _Optional[_Iterable[bytes]] = ..., tokenizer: _Optional[_Iterable[_Union[TokenizerFile, _Mapping]]] = ..., stage_ends: _Optional[_Iterable[int]] = ..., sequence_length: _Optional[int] = ..., target_batch: _Optional[int] = ..., microbatch: _Optional[int] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., precision: _Optional[str] = ..., dropout: _Optional[float] = ..., averaging: _Optional[str] = ..., delay: _Optional[int] = ..., data: _Optional[_Union[RunData, _Mapping]] = ..., held_out: _Optional[_Union[RunData, _Mapping]] = ..., eval_every: _Optional[int] = ..., num_epochs: _Optional[int] = ..., min_replicas: _Optional[int] = ..., keepers: _Optional[int] = ..., checkpoint_every: _Optional[int] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ...) -> None: ...
+
+class Lora(_message.Message):
+    __slots__ = ("rank", "alpha", "target_modules")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    TARGET_MODULES_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    alpha: float
+    target_modules: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., target_modules: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TokenizerFile(_message.Message):
     __slots__ = ("name", "sha256")

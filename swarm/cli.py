@@ -246,7 +246,7 @@ def train(
 )
 @run_options(peers_required=True, timeout_s=30.0)
 def export(run_id: bytes, out: Path, epoch: int | None, precision: str, log_level: str, **flags: Any) -> None:
-    """Write the weights of a run, as its members have saved them, as a Hugging Face checkpoint."""
+    """Write the weights of a run, as its members have saved them: a Hugging Face checkpoint, or adapters as PEFT has them."""
     configure_logging(log_level)
     import torch
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from swarm.log_label import LabelFilter
 from swarm.run_id import parse_run_id
 from swarm.span import Span
 
@@ -131,7 +132,10 @@ log_level_option = click.option(
 
 
 def configure_logging(level: str) -> None:
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname).1s %(name)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.addFilter(LabelFilter())
+    format = "%(asctime)s %(levelname).1s %(name)s %(label)s%(message)s"
+    logging.basicConfig(level=level.upper(), format=format, handlers=[handler])
     for noisy in ("asyncio", "urllib3", "filelock", "httpx", "httpcore", "huggingface_hub", "transformers"):
         logging.getLogger(noisy).setLevel("WARNING")
 
@@ -155,6 +159,15 @@ def load_config_file(ctx: click.Context, _: click.Parameter, path: Path | None) 
     unknown = sorted(flags.keys() - names.keys())
     if unknown:
         raise click.BadParameter(f"{path}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(names))}")
+    for parameter in parameters:  # one value of a flag that may be given several times need not be a list
+        if isinstance(parameter, click.Option) and parameter.multiple:
+            flags.update(
+                {
+                    key: [value]
+                    for key, value in flags.items()
+                    if names[key] == parameter.name and isinstance(value, str)
+                }
+            )
     ctx.default_map = {**{str(names[key]): value for key, value in flags.items()}, **(ctx.default_map or {})}
 
 

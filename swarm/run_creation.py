@@ -47,6 +47,7 @@ def fill_in(described: RunFile, num_workers: int = 0) -> tuple[RunSpec, dict[byt
     spec = described.spec
     # A config that transformers cannot use is known before hours of data are read.
     weights = open_initial_weights(spec)
+    spec = _with_targets(spec)
     files = read_tokenizer_files(find_tokenizer_files(described.tokenizer_folder))
     tokenizer_digests = {name: artifact_digest(content) for name, content in files.items()}
     artifacts = {tokenizer_digests[name]: content for name, content in files.items()}
@@ -65,6 +66,18 @@ def fill_in(described: RunFile, num_workers: int = 0) -> tuple[RunSpec, dict[byt
         spec, initial_digests=digests, tokenizer=tokenizer_digests, data=data, held_out=held_out
     )
     return whole, artifacts
+
+
+def _with_targets(spec: RunSpec) -> RunSpec:
+    """The rules with the linears that have adapters, checked."""
+    if spec.lora is None:
+        return spec
+    from swarm.training.adapters import AdapterLayout, find_linears
+
+    if not spec.lora.target_modules:
+        return dataclasses.replace(spec, lora=dataclasses.replace(spec.lora, target_modules=find_linears(spec)))
+    AdapterLayout(spec)
+    return spec
 
 
 def _with_manifest(

@@ -21,7 +21,16 @@ from typing import Any, TypeVar
 
 from swarm.checkpoint import open_checkpoint
 from swarm.errors import UserError
-from swarm.run_spec import DataKind, DataSpec, OptimizerSettings, Precision, RunSpec, Schedule, num_blocks_of
+from swarm.run_spec import (
+    DataKind,
+    DataSpec,
+    LoraSettings,
+    OptimizerSettings,
+    Precision,
+    RunSpec,
+    Schedule,
+    num_blocks_of,
+)
 from swarm.span import Span
 from swarm.tensors import WireFormat
 
@@ -43,6 +52,7 @@ KEYS: dict[str, tuple[str, ...]] = {
         "min_replicas",
         "keepers",
         "checkpoint_every",
+        "trainable",
     ),
     "model": ("config", "weights", "seed"),
     "tokenizer": ("path",),
@@ -57,6 +67,7 @@ KEYS: dict[str, tuple[str, ...]] = {
         "warmup_epochs",
         "min_lr_ratio",
     ),
+    "lora": ("rank", "alpha", "target_modules"),
     "data": _DATA_KEYS,
     "held_out": _DATA_KEYS,
     "end": ("epochs", "samples"),
@@ -65,6 +76,13 @@ KEYS: dict[str, tuple[str, ...]] = {
 RANDOM_WEIGHTS = "random"
 FILES_OF_KIND = {DataKind.TEXT: ["*.txt"], DataKind.JSONL: ["*.jsonl"], DataKind.PARQUET: ["*.parquet"]}
 _NO_DEFAULT = object()
+
+
+class Trainable(enum.StrEnum):
+    """What a run changes."""
+
+    ALL = "all"
+    LORA = "lora"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +130,7 @@ def _read(top: _Section, path: Path) -> RunFile:
         data=data,
         held_out=held_out,
         num_epochs=_read_end(end, target_batch),
+        lora=_read_lora(top),
         **model.given("seed"),
         **top.given("microbatch", "dropout", "delay", "eval_every", "min_replicas", "keepers", "checkpoint_every"),
         **top.given_kinds(precision=Precision, averaging=WireFormat),
@@ -196,6 +215,24 @@ def _read_optimizer(section: _Section) -> OptimizerSettings:
         clip_norm = section.values["clip_norm"]
         given["clip_norm"] = None if clip_norm is False else clip_norm
     return OptimizerSettings(**given, **section.given_kinds(schedule=Schedule))
+
+
+def _read_lora(top: _Section) -> LoraSettings | None:
+    trainable = top.kind("trainable", Trainable) if "trainable" in top.values else Trainable.ALL
+    if trainable is Trainable.ALL:
+        if "lora" in top.values:
+            raise ValueError('the section lora is for runs of adapters: add trainable = "lora", or leave it out')
+        return None
+    section = top.section("lora")
+    given = section.given("rank", "alpha")
+    if "target_modules" in section.values:
+        names = section.values["target_modules"]
+        if not isinstance(names, list) or not names:
+            raise ValueError(
+                'lora.target_modules must be a list of names such as ["q_proj", "v_proj"]; leave it out for all linears'
+            )
+        given["target_modules"] = tuple(names)
+    return LoraSettings(**given)
 
 
 def _read_data(section: _Section, base: Path) -> tuple[DataSpec, Path | None]:

@@ -39,6 +39,7 @@ __all__ = [
     "RUN_ID_BYTES",
     "DataKind",
     "DataSpec",
+    "LoraSettings",
     "OptimizerSettings",
     "Precision",
     "RunSpec",
@@ -58,10 +59,13 @@ MAX_TARGET_BATCH = 2**24
 MAX_EPOCHS = 2**31 - 1
 MAX_SAMPLES = 2**48
 MAX_FILES = 1000
+MAX_LORA_RANK = 1024
+MAX_TARGET_MODULES = 64
 SHA256_BYTES = 32
 _SIGNATURE_TAG = b"shardswarm RunSpec 1\0"
 _NUM_BLOCKS_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_MODULE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 
 class Precision(enum.StrEnum):
@@ -128,6 +132,38 @@ class OptimizerSettings:
     def clip_factor(self, norm: float) -> float:
         """What the mean gradient of global norm `norm` is multiplied by, as torch.nn.utils.clip_grad_norm_ does."""
         return 1.0 if self.clip_norm is None else min(1.0, self.clip_norm / (norm + 1e-6))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSettings:
+    """Adapters (Hu et al., 2021): a linear W of the blocks computes W x + alpha / rank * B A x, and only A and B are trained."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] = ()
+    """Which linears: dotted names, or their ends, as PEFT has them; sorted. Empty until they are filled in: all of the blocks'."""
+
+    def __post_init__(self) -> None:
+        check_whole("lora.rank", self.rank, 1, MAX_LORA_RANK)
+        check_number("lora.alpha", self.alpha, "must be positive", lambda value: value > 0)
+        names = self.target_modules
+        require(
+            len(names) <= MAX_TARGET_MODULES,
+            f"lora.target_modules are {len(names)}, at most {MAX_TARGET_MODULES} are allowed: name the ends that they share",
+        )
+        for name in names:
+            require(
+                isinstance(name, str) and len(name) <= 100 and _MODULE_NAME.fullmatch(name) is not None,
+                f"lora.target_modules must be names of modules such as q_proj or self_attn.q_proj, got {name!r}",
+            )
+        require(len(set(names)) == len(names), "lora.target_modules must differ: name each once")
+        object.__setattr__(self, "alpha", float(self.alpha))
+        object.__setattr__(self, "target_modules", tuple(sorted(names)))
+
+    @property
+    def scale(self) -> float:
+        """What B A x is multiplied by."""
+        return self.alpha / self.rank
 
 
 class DataKind(enum.StrEnum):
@@ -218,6 +254,8 @@ class RunSpec:
     checkpoint_every: int = 100
     """Epochs between the states that every member keeps on its disk."""
     num_epochs: int
+    lora: LoraSettings | None = None
+    """None: all weights are trained. Else adapters on the blocks, and blocks and ends stay as they were."""
 
     def __post_init__(self) -> None:
         check_text("name", self.name, at_least=1)
@@ -317,6 +355,8 @@ class RunSpec:
             "initial_digests": self.initial_digests,
             "tokenizer": self.tokenizer,
         }
+        if self.lora is not None:
+            parts["lora.target_modules"] = self.lora.target_modules
         for name, data in {"data": self.data, "held_out": self.held_out}.items():
             if data is not None and data.kind is not DataKind.OWN:
                 parts |= {f"{name}.{part}": getattr(data, part) for part in ("files", "manifest_digest", "num_samples")}
@@ -436,7 +476,12 @@ def _to_message(spec: RunSpec) -> run_pb2.RunSpec:
         min_replicas=spec.min_replicas,
         keepers=spec.keepers,
         checkpoint_every=spec.checkpoint_every,
+        lora=_to_lora_message(spec.lora) if spec.lora else None,
     )
+
+
+def _to_lora_message(lora: LoraSettings) -> run_pb2.Lora:
+    return run_pb2.Lora(rank=lora.rank, alpha=lora.alpha, target_modules=lora.target_modules)
 
 
 def _to_data_message(data: DataSpec) -> run_pb2.RunData:
@@ -486,7 +531,12 @@ def _from_message(message: run_pb2.RunSpec) -> RunSpec:
         min_replicas=message.min_replicas,
         keepers=message.keepers,
         checkpoint_every=message.checkpoint_every,
+        lora=_from_lora_message(message.lora) if message.HasField("lora") else None,
     )
+
+
+def _from_lora_message(message: run_pb2.Lora) -> LoraSettings:
+    return LoraSettings(rank=message.rank, alpha=message.alpha, target_modules=tuple(message.target_modules))
 
 
 def _from_data_message(message: run_pb2.RunData) -> DataSpec:

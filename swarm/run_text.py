@@ -35,6 +35,7 @@ def run_as_json(store: RunStore) -> dict[str, Any]:
         "min_replicas": spec.min_replicas,
         "keepers": spec.keepers,
         "checkpoint_every": spec.checkpoint_every,
+        "lora": spec.lora and {name: getattr(spec.lora, name) for name in spec.lora.__dataclass_fields__},
         "num_epochs": spec.num_epochs,
         "config": dict(spec.config),
     }
@@ -59,6 +60,7 @@ def run_as_text(store: RunStore) -> str:
         "begin": f"with {spec.min_replicas} of each stage and of the ends",
         "kept": f"by every member each {spec.checkpoint_every} epochs; the ends by {spec.keepers} nodes, too",
         "end": f"after {spec.num_epochs} epochs ({samples} sequences, {samples * spec.sequence_length} tokens)",
+        "trains": _trained(spec),
         "optimizer": _optimizer(spec),
         "precision": f"{spec.precision}, dropout {spec.dropout:g}",
         "averaging": f"in {spec.averaging}, {'one epoch' if spec.delay else 'no epoch'} of delay",
@@ -77,6 +79,13 @@ def _family(spec: RunSpec) -> str:
 
 def _weights(spec: RunSpec) -> str:
     return f"random weights of seed {spec.seed}" if spec.weights == "random" else f"from {spec.weights}"
+
+
+def _trained(spec: RunSpec) -> str:
+    lora = spec.lora
+    if lora is None:
+        return "all weights"
+    return f"adapters (LoRA) of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}"
 
 
 def _optimizer(spec: RunSpec) -> str:

@@ -83,6 +83,15 @@ class SpanModel:
         """The blocks' weights. Whoever gives them other memory calls note_weights."""
         return self._base.named_parameters()  # type: ignore[no-any-return]
 
+    def block(self, index: int) -> nn.Module:
+        """A block of the span, by its index in the whole model."""
+        return find_blocks(self._base, len(self.span))[1][index - self.span.start]
+
+    def twin(self) -> SpanModel:
+        """Another one, with modules of its own over the very same weights: what is attached to its blocks changes nothing here."""
+        shared = {id(tensor): tensor for tensor in (*self._base.parameters(), *self._base.buffers())}
+        return copy.deepcopy(self, dict(shared))
+
     def note_weights(self) -> None:
         """Look up where the weights are: what a graph holds of them is not counted as its own."""
         self._weight_places = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from node.device_share import Purpose
 from node.executor import Executor
 from swarm.epoch import member as m
 from swarm.epoch.messages import Commit, Place
@@ -19,7 +20,7 @@ class DeviceWork:
         self._executor = executor
 
     async def on_device(self, function: Callable[[], T]) -> T:
-        return await self._executor.run(function)
+        return await self._executor.run(function, purpose=Purpose.TRAINING)
 
     def run(self, order: m.Run, place: Place) -> None:
         raise AssertionError("a node is never given a lease")

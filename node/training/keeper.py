@@ -9,6 +9,7 @@ import asyncio
 import logging
 import random
 
+from node.device_share import Purpose
 from node.executor import Executor
 from node.training.device_work import DeviceWork
 from node.training.placement import is_keeper_needed
@@ -16,8 +17,7 @@ from swarm.errors import SwarmError, UserError
 from swarm.run_store import RunStore
 from swarm.training.artifacts import fetch_artifacts
 from swarm.training.checkpoints import Checkpoints, Resumed
-from swarm.training.ends_replica import load_ends
-from swarm.training.initial import open_initial_weights
+from swarm.training.ends_replica import load_ends_parameters
 from swarm.training.member_config import MembershipConfig
 from swarm.training.membership import Membership
 from swarm.training.parameters import StageParameters
@@ -69,11 +69,11 @@ class Keeper:
         spec = self._store.spec
 
         def load() -> tuple[StageParameters, Checkpoints, Resumed | None]:
-            _, parameters = load_ends(open_initial_weights(spec), spec)
+            parameters = load_ends_parameters(spec)
             checkpoints = Checkpoints(self._store, spec.ends_stage, parameters.size)
             return parameters, checkpoints, checkpoints.resume(parameters)
 
-        parameters, checkpoints, resumed = await self._executor.run(load)
+        parameters, checkpoints, resumed = await self._executor.run(load, purpose=Purpose.TRAINING)
         self.membership = Membership(
             self._run_host, self._store, spec.ends_stage, parameters, DeviceWork(self._executor),
             is_keeper=True, is_reachable=self._is_reachable, checkpoints=checkpoints, resumed=resumed, config=self._config,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from node.announcer import Announcer
 from node.config import NodeConfig
+from node.device_share import Purpose
 from node.executor import Executor
 from node.job_queue import JobKind
 from node.kv_cache import SessionTable, session_limits_of
@@ -23,13 +24,15 @@ from node.microbatches import Microbatches, microbatch_limits_of
 from node.service import NodeService
 from node.shard import Shard, load_shard
 from node.throughput import Throughput, measure_throughput
+from node.training.frozen_blocks import FrozenBlocks
 from swarm.ending import cancelled
 from swarm.epoch.messages import Place
 from swarm.errors import SwarmError
 from swarm.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
 from swarm.records import ShardRecord, ShardState
 from swarm.run_store import RunStore
-from swarm.training.hf_checkpoint import WeightLayout
+from swarm.training.adapters import AdapterLayout
+from swarm.training.layout import Layout, layout_of
 from swarm.training.run_host import RunHost
 from swarm.training.run_model import RunModel
 
@@ -49,13 +52,22 @@ class _Live:
 class LiveModels:
     """The models that a training node serves. `close` when it leaves."""
 
-    def __init__(self, run_host: RunHost, store: RunStore, stage: int, executor: Executor, config: NodeConfig) -> None:
-        self._run_host, self._store, self._stage = run_host, store, stage
+    def __init__(
+        self,
+        run_host: RunHost,
+        store: RunStore,
+        stage: int,
+        executor: Executor,
+        config: NodeConfig,
+        frozen: FrozenBlocks,
+    ) -> None:
+        """frozen: where the blocks of adapter runs are."""
+        self._run_host, self._store, self._stage, self._frozen = run_host, store, stage, frozen
         self._executor, self._config = executor, config
         self._live: collections.OrderedDict[bytes, _Live] = collections.OrderedDict()
         self._publishing: asyncio.Task[None] | None = None
         self._throughput: Throughput | None = None
-        self._layout: WeightLayout | None = None
+        self._layout: Layout | None = None
         self._started_at = time.time()
 
     def find(self, model_digest: bytes | None = None) -> NodeService | None:
@@ -78,9 +90,12 @@ class LiveModels:
         span, config = self._store.spec.stages[self._stage], self._config
 
         def load() -> tuple[Shard, str]:
-            self._layout = self._layout or WeightLayout(self._store.spec)
+            self._layout = self._layout or layout_of(self._store.spec)
             model = RunModel(self._store, place, {self._stage: values}, self._layout)
-            shard = load_shard(model, span, precision=config.precision, device=config.device)
+            if isinstance(self._layout, AdapterLayout):
+                shard = self._frozen.adapted_shard(model, self._layout, self._stage, config.precision, config.device)
+            else:
+                shard = load_shard(model, span, precision=config.precision, device=config.device)
             if self._throughput is None:
                 self._throughput = measure_throughput(shard.model, config.threads)
             return shard, model.name
@@ -99,7 +114,11 @@ class LiveModels:
         await announcer.announce()
         renewal = asyncio.create_task(announcer.keep_alive())
         self._live[shard.model_digest] = _Live(place, service, announcer, renewal)
-        log.info("serving the weights of epoch=%d", place.epoch)
+        used_s = self._executor.share.used_s
+        log.info(
+            "serving the weights of epoch=%d device_s_serving=%.1f device_s_training=%.1f",
+            place.epoch, used_s[Purpose.SERVING], used_s[Purpose.TRAINING],
+        )  # fmt: skip
         while len(self._live) > NUM_LIVE:
             _, oldest = self._live.popitem(last=False)
             await self._retire(oldest, place)

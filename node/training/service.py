@@ -10,9 +10,11 @@ import hashlib
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 from torch import Tensor
 
+from node.device_share import Purpose
 from node.executor import Executor
 from node.job_queue import JobKind
 from node.microbatches import MicrobatchLimits
@@ -65,18 +67,28 @@ class StageService:
         self._stage, self._membership, self._executor, self._limits = stage, membership, executor, limits
         self._streams: Counter[str] = Counter()
 
-    async def handle(self, stream: FramedStream) -> None:
-        """Serve one stream until the peer ends it, it breaks, it is silent or says too much nonsense."""
+    def is_meant(self, first: bytes) -> bool:
+        """Whether the first message of a stream is for this stage, or for weights that are served here."""
+        try:
+            request, _ = decode_message(first, node_pb2.Request)
+        except SwarmError:
+            return False
+        if request.WhichOneof("kind") == "open_stage":
+            return request.open_stage.run_id == self._membership.run_id
+        return self._service_for(request) is not None
+
+    async def handle(self, stream: FramedStream, first: bytes | None = None) -> None:
+        """Serve one stream until the peer ends it, it breaks, it is silent or says too much nonsense.
+
+        first: a message that was received already.
+        """
         is_open, refusals = False, 0
         self._streams[stream.peer_id] += 1
         try:
             while refusals < MAX_REFUSALS_PER_STREAM:
-                try:
-                    async with asyncio.timeout(self._limits.idle_s if is_open else _OPEN_TIMEOUT_S):
-                        message = await stream.receive()
-                except TimeoutError:
-                    await stream.fail("nothing was heard for too long")
-                    return
+                message, first = first, None
+                if message is None:
+                    message = await _received(stream, self._limits.idle_s if is_open else _OPEN_TIMEOUT_S)
                 if message is None:
                     return
                 try:
@@ -159,7 +171,7 @@ class StageService:
             entry = self._stage.differentiable(hidden, samples)
             return entry, entry.output.detach()
 
-        entry, output = await self._executor.run(compute, JobKind.FORWARD)
+        entry, output = await self._executor.run(compute, JobKind.FORWARD, Purpose.TRAINING)
         self.num_forwards += 1
         if entry is not None and self._membership.weights_at[0] == place:
             self.stash.put(peer, _stash_key(request.lineage, request.unit), entry, time.monotonic())
@@ -198,7 +210,7 @@ class StageService:
                 raise _outdated("the ledger was closed while the microbatch ran")
             return of_input, added, True
 
-        result, added, is_finite = await self._executor.run(compute, JobKind.BACKWARD)
+        result, added, is_finite = await self._executor.run(compute, JobKind.BACKWARD, Purpose.TRAINING)
         self.num_backwards += 1
         self.num_added += added is Added.NOW
         done = node_pb2.StageBackwardDone(unit=request.unit, was_in_ledger=added is Added.BEFORE, is_finite=is_finite)
@@ -236,6 +248,30 @@ class StageService:
                 f"{rows} rows x {num_tokens} tokens: this node takes 1 to {self._limits.max_tokens} tokens at once",
             )
         return hidden, range(request.first_sample, request.first_sample + rows)
+
+
+class StageServices:
+    """Those of the runs that one process hosts: each stream goes to the one that it is for."""
+
+    def __init__(self, services: Sequence[StageService]) -> None:
+        self._services = services
+
+    async def handle(self, stream: FramedStream) -> None:
+        """What is for none of them is refused by the first."""
+        first = await _received(stream, _OPEN_TIMEOUT_S)
+        if first is not None:
+            service = next((one for one in self._services if one.is_meant(first)), self._services[0])
+            await service.handle(stream, first)
+
+
+async def _received(stream: FramedStream, timeout_s: float) -> bytes | None:
+    """The next message; None if the peer has ended the stream, or was silent for too long."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await stream.receive()
+    except TimeoutError:
+        await stream.fail("nothing was heard for too long")
+        return None
 
 
 def _outdated(reason: str) -> Refused:

@@ -1,4 +1,4 @@
-"""`swarm export`: the weights of a run, from its members' disks alone, as a Hugging Face checkpoint."""
+"""`swarm export`: the weights of a run, from its members' disks alone, as a Hugging Face checkpoint, or as PEFT has adapters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from swarm.run_store import RunStore
 from swarm.terminal import ProgressBar
 from swarm.training.artifacts import fetch_artifacts
 from swarm.training.find_run import find_run
-from swarm.training.hf_checkpoint import WeightLayout, write_hf_checkpoint
+from swarm.training.hf_checkpoint import write_hf_checkpoint
+from swarm.training.layout import Layout, layout_of
+from swarm.training.peft_checkpoint import write_peft_checkpoint
 from swarm.training.rollback import complete_places, newest, saved_by_stage
 from swarm.training.saved_transfer import donors_of, fetch_saved
 
@@ -64,7 +66,7 @@ def export_run(
     async def fetch(host: Host, directory: Directory) -> tuple[RunStore, Place, Commit | None, list[Tensor]]:
         store = await find_run(directory, run_id, cache_dir)
         await fetch_artifacts(host, directory, store)
-        layout = WeightLayout(store.spec)
+        layout = layout_of(store.spec)
         deadline = time.monotonic() + timeout_s
         while True:
             records, place = await _find_complete(directory, store.spec, run_id, epoch, timeout_s)
@@ -76,7 +78,7 @@ def export_run(
             await asyncio.sleep(_LOOK_AGAIN_S)  # members forget older states, and their records tell of it later
 
     async def fetch_stages(
-        host: Host, store: RunStore, layout: WeightLayout, records: Sequence[MemberRecord], place: Place
+        host: Host, store: RunStore, layout: Layout, records: Sequence[MemberRecord], place: Place
     ) -> tuple[Commit | None, list[Tensor]]:
         values, commit = [], None
         for stage in range(store.spec.num_stages):
@@ -100,9 +102,8 @@ def export_run(
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         store, place, commit, values = runner.run(run())
     loss, eval_loss = (None, None) if commit is None else (commit.loss, commit.eval_loss)
-    write_hf_checkpoint(
-        store, values, out, epoch=place.epoch, lineage=place.lineage, dtype=dtype, loss=loss, eval_loss=eval_loss
-    )
+    write = write_hf_checkpoint if store.spec.lora is None else write_peft_checkpoint
+    write(store, values, out, epoch=place.epoch, lineage=place.lineage, dtype=dtype, loss=loss, eval_loss=eval_loss)
     return Exported(place, sum(len(vector) for vector in values), loss)
 
 

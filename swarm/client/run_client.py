@@ -16,7 +16,7 @@ from swarm.records import ShardState
 from swarm.run_store import RunStore
 from swarm.training.artifacts import fetch_artifacts
 from swarm.training.find_run import find_run
-from swarm.training.hf_checkpoint import WeightLayout
+from swarm.training.layout import layout_of
 from swarm.training.rollback import saved_by_stage
 from swarm.training.run_model import RunModel, run_model_digest
 from swarm.training.saved_transfer import donors_of, fetch_saved
@@ -55,7 +55,7 @@ async def open_run_model(
     store = await find_run(directory, run_id, config.cache_dir)
     await fetch_artifacts(host, directory, store)
     spec = store.spec
-    layout = await asyncio.to_thread(WeightLayout, spec)
+    layout = await asyncio.to_thread(layout_of, spec)
     while True:
         places = await served_places(directory, store)
         for place in (place for place in places if epoch in (None, place.epoch)):

@@ -73,6 +73,8 @@ class TrainableEnds:
     def embed_backward(self, embedded_BTH: Tensor, gradient_BTH: Tensor) -> list[Tensor | None]:
         """Gradients w.r.t. the parameters, given that of what embed returned."""
         parameters = self.parameters.parameters
+        if not parameters:
+            return []
         return list(torch.autograd.grad(embedded_BTH, parameters, gradient_BTH.float(), allow_unused=True))
 
     def evaluate(self, hidden_BTH: Tensor, labels_BT: Tensor) -> tuple[float, int]:

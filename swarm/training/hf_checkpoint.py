@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from swarm.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from swarm.decoder import LIBRARY_ERRORS, build_model, find_blocks
 from swarm.errors import BadRequest, UserError
-from swarm.run_spec import DataKind, DataSpec, RunSpec
+from swarm.run_spec import DataKind, DataSpec, LoraSettings, RunSpec
 from swarm.run_store import RunStore
 from swarm.span import Span
 from swarm.terminal import quiet_libraries
@@ -68,19 +68,17 @@ def write_hf_checkpoint(
     BadRequest if values are not those of the run's stages.
     """
     out = out.resolve()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} is there already and is not an empty folder: choose another folder")
     layout = WeightLayout(store.spec)
     layout.check(values)
     try:
-        with _made_at_once(out) as folder:
-            _require_space(folder, sum(vector.numel() for vector in values) * dtype.itemsize)
+        with made_at_once(out) as folder:
+            require_space(folder, sum(vector.numel() for vector in values) * dtype.itemsize)
             _write_weights(layout, values, folder, dtype, max_shard_bytes)
             _write_configs(layout, folder, dtype)
             for path in folder.glob("*.safetensors"):  # which that library writes for their owner alone
                 shutil.copymode(folder / "config.json", path)
-            _copy_tokenizer(store, folder)
-            (folder / CARD_FILE).write_text(_card(store, epoch, lineage, dtype, loss, eval_loss), encoding="utf-8")
+            copy_tokenizer(store, folder)
+            (folder / CARD_FILE).write_text(make_card(store, epoch, lineage, dtype, loss, eval_loss), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
@@ -234,8 +232,10 @@ def _keep_blocks(blocks: nn.Module, wanted: Sequence[int] | Span) -> None:
 
 
 @contextlib.contextmanager
-def _made_at_once(out: Path) -> Iterator[Path]:
-    """A new folder, which is at `out` once the block has ended, and gone if that raised."""
+def made_at_once(out: Path) -> Iterator[Path]:
+    """A new folder, which is at `out` once the block has ended, and gone if that raised. UserError if something is there."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} is there already and is not an empty folder: choose another folder")
     missing = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -251,7 +251,7 @@ def _made_at_once(out: Path) -> Iterator[Path]:
         raise
 
 
-def _require_space(folder: Path, needed_bytes: int) -> None:
+def require_space(folder: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(folder).free
     if needed_bytes > free_bytes:
         raise UserError(
@@ -343,7 +343,7 @@ def _write_configs(layout: WeightLayout, folder: Path, dtype: torch.dtype) -> No
         ) from error
 
 
-def _copy_tokenizer(store: RunStore, folder: Path) -> None:
+def copy_tokenizer(store: RunStore, folder: Path) -> None:
     """Only files of names that a tokenizer has: a stranger's rules may call one config.json."""
     known = find_tokenizer_files(store.tokenizer_folder())
     for name in known.keys() & store.spec.tokenizer.keys():
@@ -353,10 +353,19 @@ def _copy_tokenizer(store: RunStore, folder: Path) -> None:
 # The model card ---------------------------------------------------------------------------------------------------------
 
 
-def _card(
-    store: RunStore, epoch: int, lineage: bytes, dtype: torch.dtype, loss: float | None, eval_loss: float | None
+def make_card(
+    store: RunStore,
+    epoch: int,
+    lineage: bytes,
+    dtype: torch.dtype,
+    loss: float | None,
+    eval_loss: float | None,
+    *,
+    library: str = "transformers",
+    use: str = _USE,
+    base: str | None = None,
 ) -> str:
-    """Markdown behind YAML. Nothing of the rules, which a stranger wrote, gets into the YAML."""
+    """Markdown behind YAML. Of the rules, which a stranger wrote, only a plain hub id (base, of adapters) gets into the YAML."""
     spec = store.spec
     num_tokens = epoch * spec.target_batch * spec.sequence_length
     began = f"random, from seed {spec.seed}" if spec.weights == "random" else f"those of {_literal(spec.weights)}"
@@ -367,7 +376,8 @@ def _card(
         "Tokens seen": f"{num_tokens:,} at most ({spec.target_batch:,} sequences of {spec.sequence_length:,} tokens per epoch)",
         "Loss": None if loss is None else f"{loss:.4f} per token, on the epoch's samples",
         "Loss on held-out data": None if eval_loss is None else f"{eval_loss:.4f} per token",
-        "Initial weights": began,
+        "Adapters": None if spec.lora is None else _adapters(spec.lora),
+        "Initial weights" if spec.lora is None else "Adapted weights": began,
         "Stored as": str(dtype).removeprefix("torch."),
         "Training data": _described(spec.data),
         "Held-out data": None if spec.held_out is None else _described(spec.held_out),
@@ -376,7 +386,8 @@ def _card(
     return "\n".join(
         [
             "---",
-            "library_name: transformers",
+            f"library_name: {library}",
+            *([] if base is None else [f"base_model: {base}"]),
             "pipeline_tag: text-generation",
             "tags:",
             "- shardswarm",
@@ -385,17 +396,23 @@ def _card(
             "",
             f"# {_literal(spec.name)}",
             "",
-            "A language model that volunteers trained together with shardswarm: each of them held some of its layers. "
+            f"{'A language model' if spec.lora is None else 'Adapters (LoRA) for a language model'} that volunteers trained together "
+            "with shardswarm: each of them held some of its layers. "
             "The run's rules are signed by its owner; the run id is their hash.",
             "",
             *lines,
             "",
             "## How to load it",
             "",
-            f"```python\n{_USE}```",
+            f"```python\n{use}```",
             "",
         ]
     )
+
+
+def _adapters(lora: LoraSettings) -> str:
+    names = ", ".join(_literal(name) for name in lora.target_modules)
+    return f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, on {names}"
 
 
 def _described(data: DataSpec) -> str:

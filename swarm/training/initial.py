@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -77,6 +77,17 @@ class RandomCheckpoint:
             return self._initialised(self._model, "ends")
         finally:
             children.update(blocks)
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """All modules by their names in the whole model, without memory."""
+        return self._model.named_modules()  # type: ignore[no-any-return]
+
+    def cut(self, name: str) -> tuple[int | None, str]:
+        """Index of the block that a module is in, and its name there; None for what is in no block."""
+        if not name.startswith(f"{self._prefix}."):
+            return None, name
+        index, _, rest = name.removeprefix(f"{self._prefix}.").partition(".")
+        return int(index), rest
 
     def _initialised(self, module: nn.Module, what: str) -> dict[str, Tensor]:
         num_bytes = 4 * sum(parameter.numel() for parameter in module.parameters())

@@ -488,11 +488,14 @@ class Membership:
             await self.work.on_device(lambda: None)  # whatever was being added is in now
             round_id = hashlib.sha256(b"\0".join(named)).digest()
             shares = [one.share for one in order.group]
-            plan = plan_exchange(round_id, members, shares, self.parameters.size, self.spec.averaging)
             vector = self.gradient.vector if own.has_gradient else None
-            done = await self.run_host.averager.average(
-                plan, vector, residual=self._residual, timeout_s=self.config.round_timeout_s
-            )
+            if self.parameters.size:
+                plan = plan_exchange(round_id, members, shares, self.parameters.size, self.spec.averaging)
+                done = await self.run_host.averager.average(
+                    plan, vector, residual=self._residual, timeout_s=self.config.round_timeout_s
+                )
+            else:  # ends that are frozen: of nothing everybody has the sum
+                done = Exchanged(self.gradient.vector.clone(), None, 0, 0, 0.0, {})
             if vector is not None and done.vector.data_ptr() == vector.data_ptr():
                 done = Exchanged(vector.clone(), done.residual, 0, 0, done.seconds, {})
 

@@ -147,7 +147,7 @@ class StageParameters:
             raise BadRequest(f"the state is of {state.values.numel()} parameters, this stage has {self.size}")
         if not all(math.isfinite(float(tensor.abs().sum(dtype=torch.float64))) for tensor in state.tensors):
             raise BadRequest("the state holds NaN or infinite values")
-        if state.num_steps < 0 or float(state.second_moments.min()) < 0:
+        if state.num_steps < 0 or bool((state.second_moments < 0).any()):
             raise BadRequest("the state has a negative number of steps or negative second moments")
         if len(state.tensors) != len(self.state.tensors):
             raise BadRequest("the state is of a run with another delay")

@@ -19,7 +19,8 @@ from swarm.model_spec import DIGEST_BYTES, ModelSpec, config_digest
 from swarm.run_spec import RunSpec
 from swarm.run_store import RunStore
 from swarm.span import Span
-from swarm.training.hf_checkpoint import WeightLayout
+from swarm.training.ends_replica import load_initial_ends
+from swarm.training.layout import Layout
 
 _NAME = re.compile(r"run:([0-9a-fA-F]{64})(?:@([0-9]{1,15}))?")
 
@@ -50,7 +51,7 @@ def _model_spec(run_id: bytes, spec: RunSpec, place: Place, hidden_size: int) ->
 class RunModel:
     """As much of the weights as is here. Offers what nodes and clients ask of a Checkpoint."""
 
-    def __init__(self, store: RunStore, place: Place, values: Mapping[int, Tensor], layout: WeightLayout) -> None:
+    def __init__(self, store: RunStore, place: Place, values: Mapping[int, Tensor], layout: Layout) -> None:
         """values: the vectors, float32 [size], of those stages (the number of stages: the ends) that are here."""
         self.place = place
         self.store, self._values, self._layout = store, values, layout
@@ -60,11 +61,13 @@ class RunModel:
         self.num_blocks = store.spec.num_blocks
 
     def load_blocks(self, span: Span) -> dict[str, Tensor]:
-        """Tensors of the blocks of a stage, by their names in the whole model."""
+        """Tensors of the blocks of a stage, by their names in the whole model; of an adapter run those of the adapters."""
         stage = self.store.spec.stages.index(span)
         return self._layout.views(stage, self._values[stage])
 
     def load_ends(self) -> dict[str, Tensor]:
+        if self.store.spec.lora is not None:
+            return load_initial_ends(self.store.spec)
         return self._layout.views(self.store.spec.ends_stage, self._values[self.store.spec.ends_stage])
 
     def digest_blocks(self, span: Span, tensors: Mapping[str, Tensor]) -> list[bytes]:

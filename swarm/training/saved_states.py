@@ -303,7 +303,7 @@ class SavedStates:
             raise ValueError(f"its header makes no sense: {error}") from error
         place = place_from_wire(header.place)
         self._check_proof(place, commit)
-        if header.num_parameters < 1 or num_vectors not in (3, 4) or len(header.digest) != _HASH_BYTES:
+        if num_vectors not in (3, 4) or len(header.digest) != _HASH_BYTES:
             raise ValueError("its header makes no sense")
         payload_bytes = 4 * num_vectors * header.num_parameters
         num_pieces = -(-payload_bytes // PIECE_BYTES)

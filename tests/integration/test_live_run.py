@@ -23,6 +23,7 @@ from tests.support.training_swarm import TrainingSwarm, make_run
 
 NUM_EPOCHS = 60
 EVERY = 15
+SHARE = "0.25"
 PROMPT = "Alice was"
 
 
@@ -35,7 +36,7 @@ def training(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) 
         publish_run(store, nodes.initial_peers, 15)
         started = TrainingSwarm(nodes, store, folder / "run")
         for stage in (0, 1):
-            started.start_node(stage, cache=folder / f"node{stage}")
+            started.start_node(stage, "--serving-share", SHARE, cache=folder / f"node{stage}")
         started.start_trainer()
         yield started
 
@@ -62,6 +63,7 @@ def test_a_conversation_keeps_its_weights_while_the_run_goes_on_and_ends_with_a_
     training: TrainingSwarm, tmp_path: Path
 ) -> None:
     nodes = training.members[:2]
+    assert [node.ready()["serving_share"] for node in nodes] == [float(SHARE)] * 2
     wait_until(lambda: all(served_epochs(node) for node in nodes), 60, "the first checkpoint is served")
     with connect(training, tmp_path) as client:
         epoch = epoch_of(client)

@@ -83,6 +83,15 @@ def test_other_rules_give_the_same_weights_too(
     check_equal(*train(tmp_path, fork_server, **{"end.epochs": 8, **rules}), tolerance=tolerance)
 
 
+def test_adapters_are_trained_as_peft_does_in_one_process(tmp_path: Path, fork_server: ForkServer) -> None:
+    """Blocks and ends are frozen: the ends' members sum vectors of no values."""
+    rules = {"trainable": "lora", "lora.rank": 4, "optimizer.lr": 2e-2, "optimizer.clip_norm": 0.1, "end.epochs": 6}
+    training, nodes, trainers = train(tmp_path, fork_server, **rules)
+    expected = check_equal(training, nodes, trainers, tolerance=1e-5)
+    assert {step["size"] for step in training.steps_of(trainers[0]).values()} == {0}
+    assert expected.losses[-1] < expected.losses[0]
+
+
 @pytest.mark.parametrize("wrong", ["dropped", "doubled", "unweighted"])
 def test_a_wrong_sum_would_be_seen(tmp_path: Path, wrong: str) -> None:
     """The bugs that the tests above are for, planted into the oracle: each is a hundred times the tolerance away."""

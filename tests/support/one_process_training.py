@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from swarm.run_orders import NO_ORDERS, Orders
 from swarm.run_spec import Precision, RunSpec
@@ -37,6 +38,8 @@ def samples_of_run(store: RunStore, folder: Path) -> SampleSource:
 
 def whole_model(spec: RunSpec) -> Any:
     """The transformers model with the run's initial weights, float32."""
+    if spec.weights != "random":
+        return AutoModelForCausalLM.from_pretrained(spec.weights, dtype=torch.float32).train()
     source = RandomCheckpoint(spec.config, spec.seed, spec.name)
     weights = {**source.load_ends(), **source.load_blocks(Span(0, source.num_blocks))}
     kind = type(source._model)
@@ -46,8 +49,14 @@ def whole_model(spec: RunSpec) -> Any:
 def train_in_one_process(spec: RunSpec, source: Any, *, wrong: str = "", orders: Orders = NO_ORDERS) -> Outcome:
     """orders: of the run's owner. wrong: a planted bug: "dropped" or "doubled" microbatch, or "unweighted" mean of two replicas' means."""
     model = whole_model(spec)
+    if spec.lora is not None:
+        from tests.support.one_process_lora import peft_model, plain_name
+
+        model = peft_model(spec, model)
+        named = {plain_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    else:
+        named = dict(model.named_parameters())
     model.eval()  # no dropout
-    named = dict(model.named_parameters())
     settings = spec.optimizer
     groups = [
         {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": settings.weight_decay},

@@ -4,7 +4,7 @@
 PIECE_EPOCHS lets each piece of a saved state wait for so many steps before it is sent. MEMBERSHIP (JSON) changes fields of MembershipConfig.
 TRACE (a file) gets a line of JSON for every step: epoch, lineage, digest of the weights, units in the ledger, size of the group.
 VERSION (MAJOR.MINOR) makes it a member of another version, whose letters say more than ours, and which sends letters of its own kind.
-DUMP (a file, *.pt) gets the weights by name at the end of the run. FAULT (JSON) is {"on": event, "at": n, "action": ...}; events are
+DUMP (a file, *.pt) gets the weights by name at the end of the run, beside it with the run's id in the name. FAULT (JSON) is {"on": event, "at": n, "action": ...}; events are
     send:Commit, receive:Prepare ...    a letter of that kind, before it leaves (or is taken in)
     sent:Commit                         after it has left
     hop:1                               a trainer's backward at stage 1 is done
@@ -109,10 +109,11 @@ class TracedMembership(membership.Membership):
         dump = os.environ.get("DUMP")
         if dump and commit.epoch + 1 == self.course.spec_after(commit).num_epochs:
             views = self.parameters.views(self.parameters.state.values)
-            path = dump.replace(".pt", ".keeper.pt") if self.is_keeper else dump
+            path = dump.replace(".pt", f".{self.run_id.hex()[:8]}{'.keeper' if self.is_keeper else ''}.pt")
             torch.save({n: view.clone() for n, view in zip(self.parameters.names, views, strict=True)}, path + ".new")
             os.replace(path + ".new", path)
         trace(
+            run=self.run_id.hex(),
             epoch=commit.epoch,
             is_keeper=self.is_keeper,
             lineage=commit.lineage.hex(),
@@ -197,9 +198,9 @@ def main() -> None:
     saved_states.OpenState = SlowState  # type: ignore[misc]
     if kind == "node":
         from node.cli import main as run
-        from node.training import keeper, runtime
+        from node.training import hosted_run, keeper
 
-        runtime.Membership = TracedMembership  # type: ignore[misc]
+        hosted_run.Membership = TracedMembership  # type: ignore[misc]
         keeper.Membership = TracedMembership  # type: ignore[misc]
     else:
         from swarm.cli import main as run

@@ -101,7 +101,7 @@ class TrainingSwarm:
 
     def steps_of(self, member: Process, *, is_keeper: bool = False) -> dict[int, dict[str, Any]]:
         """What a member wrote at each step. is_keeper: of the ends, a node that keeps them."""
-        steps = [line for line in self.trace_of(member) if "epoch" in line]
+        steps = [line for line in self.trace_of(member) if "epoch" in line and line["run"] == self.run_id]
         return {line["epoch"]: line for line in steps if line["is_keeper"] is is_keeper}
 
     def faults_of(self, member: Process) -> list[dict[str, Any]]:
@@ -109,7 +109,9 @@ class TrainingSwarm:
 
     def weights_of(self, member: Process) -> dict[str, Tensor]:
         """At the end of the run."""
-        weights: dict[str, Tensor] = torch.load(member.log_path.with_suffix(".pt"), weights_only=True)
+        weights: dict[str, Tensor] = torch.load(
+            member.log_path.with_suffix(f".{self.run_id[:8]}.pt"), weights_only=True
+        )
         return weights
 
 
@@ -136,7 +138,7 @@ def make_run(
         "microbatch": 1,
         "precision": "fp32",
         "keepers": 0,
-        "model.config": "config.json",
+        "model.config": None if "model.weights" in rules else "config.json",
         "model.seed": 3,
         "tokenizer.path": "tokenizer",
         "data.kind": "jsonl",
@@ -162,6 +164,9 @@ def weights_of_run(training: TrainingSwarm, nodes: Sequence[Process], trainer: P
     """All weights by their names in the whole model. nodes: one of each stage."""
     whole = training.weights_of(trainer)
     for node, span in zip(nodes, training.store.spec.stages, strict=True):
+        if training.store.spec.lora is not None:  # adapters are called as in the whole model
+            whole |= training.weights_of(node)
+            continue
         for name, tensor in training.weights_of(node).items():
             before, number, rest = re.split(r"\.(\d+)\.", name, maxsplit=1)
             whole[f"{training.base_prefix}.{before}.{span.start + int(number)}.{rest}"] = tensor

@@ -102,6 +102,7 @@ BAD_ARGUMENTS: dict[str, tuple[str, list[str], str]] = {
     "run without a swarm": ("swarm", ["run", "publish", "ab" * 32], "Missing option '--initial-peers'"),
     "no model and no run": ("node", ["run"], "either --model, or --run for a stage of a training run"),
     "model and run": ("node", [*NODE, "--run", "ab" * 32], "either --model, or --run"),
+    "a run twice": ("node", ["run", "--run", "ab" * 32, "--run", "ab" * 32], "--run names a run twice"),
     "status of both": (
         "swarm",
         ["status", "--model", "a", "--run", "ab" * 32, "--initial-peers", PEER],
@@ -115,6 +116,8 @@ BAD_ARGUMENTS: dict[str, tuple[str, list[str], str]] = {
     "no cache": ("node", [*NODE, "--cache-mib", "0"], "--cache-mib must be positive, got 0"),
     "no threads": ("node", [*NODE, "--threads", "0"], "--threads must be positive, got 0"),
     "no blocks": ("node", [*NODE, "--num-blocks", "-1"], "--num-blocks must be positive, got -1"),
+    "nothing for sessions": ("node", [*NODE, "--serving-share", "0"], "--serving-share must be more than 0 and less"),
+    "nothing for training": ("node", [*NODE, "--serving-share", "1"], "must be more than 0 and less than 1, got 1.0"),
     "short life": ("node", [*NODE, "--record-lifetime", "1"], "--record-lifetime must be 3 to 300 seconds"),
     "listen": ("node", [*NODE, "--listen", "0.0.0.0:80"], "is not a multiaddr such as /ip4/203.0.113.7/tcp/31337"),
     "listen port": ("node", [*NODE, "--listen", "/ip4/0.0.0.0/tcp/70000"], "is not a multiaddr"),
@@ -205,6 +208,24 @@ def test_the_initial_peers_may_come_from_one_variable_for_all_programs(
 def test_initial_peers_may_be_several_flags_or_one_with_commas(started: list[NodeConfig]) -> None:
     assert run_node_cli("--model", "t", "--initial-peers", f"{PEER},{PEER}", "--initial-peers", PEER).exit_code == 0
     assert started[0].initial_peers == (PEER,) * 3
+
+
+@pytest.mark.parametrize(
+    "given", [f'run = "{"ab" * 32}"', f'run = ["{"ab" * 32}", "{"cd" * 32}"]', "--run", f"{'ab' * 32} {'cd' * 32}"]
+)
+def test_a_node_may_host_one_run_or_several(
+    started: list[NodeConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str
+) -> None:
+    flags = []
+    if given.startswith("run"):
+        (tmp_path / "node.toml").write_text(given)
+        flags = ["--config", str(tmp_path / "node.toml")]
+    elif given == "--run":
+        flags = ["--run", "ab" * 32, "--run", "cd" * 32]
+    else:
+        monkeypatch.setenv("SHARDSWARM_NODE_RUN", given)
+    assert run_node_cli(*flags).exit_code == 0
+    assert started[0].run_ids == (b"\xab" * 32, b"\xcd" * 32)[: 1 + ("cd" in given or given == "--run")]
 
 
 @pytest.mark.parametrize(

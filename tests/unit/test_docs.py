@@ -21,7 +21,7 @@ from swarm.run_file import read_run_file
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 PEER_ID = "12D3KooWJvyP3VJYymTqG7eH4PM5rN4T2agk5cdNCfNymAqwqcvZ"
-PLACEHOLDERS = {"PEER_ID": PEER_ID, "RUN_ID": "ab" * 32}
+PLACEHOLDERS = {"PEER_ID": PEER_ID, "RUN_ID": "ab" * 32, "OTHER_ID": "cd" * 32}
 PROGRAMS = {"swarm": swarm_cli, "swarm-node": node_cli, "swarm-bootstrap": bootstrap}
 
 

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from node.device_share import DeviceShare, Purpose
 from node.executor import Executor
 from node.job_queue import MAX_PASSED_OVER, JobKind
 from protos import node_pb2
@@ -131,3 +132,44 @@ async def test_many_jobs_from_many_tasks_all_run_once():
         assert numbers == list(range(3000))
     finally:
         executor.close()
+
+
+async def test_sessions_and_training_share_the_device_by_the_seconds_of_their_jobs():
+    now_s = 0.0
+
+    def job(purpose, seconds):
+        def work():
+            nonlocal now_s
+            now_s += seconds
+            order.append(purpose)
+
+        return executor.run(work, STEP if purpose is Purpose.SERVING else BACKWARD, purpose)
+
+    order, released = [], threading.Event()
+    executor = Executor(100, DeviceShare(0.25), clock=lambda: now_s)
+    try:
+        blocker = asyncio.create_task(executor.run(lambda: released.wait(60)))
+        jobs = [asyncio.create_task(job(Purpose.SERVING, 1)) for _ in range(4)]
+        jobs += [asyncio.create_task(job(Purpose.TRAINING, 2)) for _ in range(5)]
+        await asyncio.sleep(0)
+        released.set()
+        await asyncio.gather(blocker, *jobs)
+        serving, training = Purpose
+        assert order == [serving, training, training, serving, training, serving, training, training, serving]
+        await executor.run(lambda: None)  # the last job's time is noted after its answer
+        assert executor.share.used_s == {serving: 4, training: 10}
+    finally:
+        released.set()
+        executor.close()
+
+
+async def test_neither_purpose_takes_the_others_room():
+    async with blocked_executor(max_waiting=2) as blocked:
+        jobs = [await blocked.queue(STEP)]
+        with pytest.raises(Refused, match="2 jobs wait"):
+            await blocked.executor.run(lambda: None)
+        jobs += [asyncio.create_task(blocked.executor.run(lambda: None, STEP, Purpose.TRAINING)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(Refused, match="2 jobs wait"):
+            await blocked.executor.run(lambda: None, BACKWARD, Purpose.TRAINING)
+        await blocked.release(*jobs)

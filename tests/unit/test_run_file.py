@@ -17,6 +17,7 @@ from swarm.run_file import KEYS, read_run_file, split_evenly
 from swarm.run_spec import (
     DataKind,
     DataSpec,
+    LoraSettings,
     OptimizerSettings,
     Precision,
     RunSpec,
@@ -97,6 +98,12 @@ def test_every_key_ends_up_in_the_rules(folder: Path) -> None:
         min_replicas = 2
         keepers = 3
         checkpoint_every = 20
+        trainable = "lora"
+
+        [lora]
+        rank = 4
+        alpha = 32
+        target_modules = ["v_proj", "self_attn.q_proj"]
 
         [model]
         seed = 7
@@ -171,6 +178,7 @@ def test_every_key_ends_up_in_the_rules(folder: Path) -> None:
         keepers=3,
         checkpoint_every=20,
         num_epochs=10,
+        lora=LoraSettings(rank=4, alpha=32.0, target_modules=("self_attn.q_proj", "v_proj")),
     )
 
 
@@ -199,6 +207,12 @@ def test_the_document_names_every_key_and_its_true_default(folder: Path) -> None
     }.items():
         with_defaults = re.sub(rf"^\[{section}\]", f"[{section}]\n{lines}\n", with_defaults, flags=re.M)
     assert read(folder, with_defaults).spec == read(folder, MINIMAL).spec
+
+
+def test_adapters_have_defaults_and_all_linears_are_filled_in_later(folder: Path) -> None:
+    spec = read(folder, MINIMAL + 'trainable = "lora"').spec
+    assert spec.lora == LoraSettings(rank=8, alpha=16.0) and "lora.target_modules" in spec.missing_parts()
+    assert read(folder, MINIMAL + 'trainable = "all"').spec == read(folder, MINIMAL).spec
 
 
 def test_data_of_every_trainers_own_needs_no_path(folder: Path) -> None:
@@ -259,6 +273,11 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "files absolute": (MINIMAL + 'data.files = ["/etc/*"]', "data.files must be patterns of paths below"),
     "files of numbers": (MINIMAL + "data.files = [1]", "data.files must be a list of patterns"),
     "own data named": (without("data.kind") + '\ndata.kind = "own"', "is named by each trainer, not here"),
+    "trainable": (MINIMAL + 'trainable = "qlora"', "trainable must be one of all, lora, got 'qlora'"),
+    "adapters of a full run": (MINIMAL + "lora.rank = 4", 'the section lora is for runs of adapters: add trainable = "lora"'),
+    "rank": (MINIMAL + 'trainable = "lora"\nlora.rank = 0', "lora.rank must be a whole number from 1 to 1024, got 0"),
+    "targets": (MINIMAL + 'trainable = "lora"\nlora.target_modules = "q_proj"', "lora.target_modules must be a list of names"),
+    "no targets": (MINIMAL + 'trainable = "lora"\nlora.target_modules = []', "leave it out for all linears"),
     "held out of data": (MINIMAL + '[held_out]\nkind = "jsonl"\npath = "corpus/a.jsonl"', "a.jsonl is in data and in held_out"),
     "sequences too long": (without("sequence_length") + "\nsequence_length = 512", "sequence_length is 512, but the model's max_position_embeddings is 256"),
 }  # fmt: skip

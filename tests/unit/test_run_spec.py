@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from typing import Any
 
@@ -18,6 +19,7 @@ from swarm.run_spec import (
     MAX_SPEC_BYTES,
     DataKind,
     DataSpec,
+    LoraSettings,
     OptimizerSettings,
     Precision,
     RunSpec,
@@ -87,6 +89,15 @@ BAD_OPTIMIZERS: dict[str, tuple[dict[str, Any], str]] = {
     "floor": ({"min_lr_ratio": 1.1}, "min_lr_ratio must be between 0 and 1"),
     "schedule": ({"schedule": "step"}, "schedule must be one of constant, linear, cosine"),
 }
+BAD_LORA: dict[str, tuple[dict[str, Any], str]] = {
+    "no rank": ({"rank": 0}, "lora.rank must be a whole number from 1 to 1024, got 0"),
+    "endless rank": ({"rank": 1025}, "lora.rank must be a whole number from 1 to 1024"),
+    "alpha": ({"alpha": 0}, "lora.alpha must be positive, got 0"),
+    "a pattern": ({"target_modules": (".*proj",)}, r"names of modules such as q_proj or self_attn.q_proj, got '\.\*proj'"),
+    "a number": ({"target_modules": (3,)}, "names of modules"),
+    "twice": ({"target_modules": ("q", "q")}, "lora.target_modules must differ"),
+    "too many": ({"target_modules": tuple(f"q{n}" for n in range(65))}, "at most 64 are allowed"),
+}  # fmt: skip
 BAD_DATA: dict[str, tuple[dict[str, Any], str]] = {
     "kind": ({"kind": "csv"}, "kind must be one of text, jsonl, parquet, own"),
     "outside": ({"files": ("a/../../etc/passwd",)}, r"files must be paths below the source, .* without \.\."),
@@ -114,6 +125,13 @@ def test_a_nonsensical_optimizer_is_refused_by_name(name: str) -> None:
     fields, sentence = BAD_OPTIMIZERS[name]
     with pytest.raises(ValueError, match=sentence):
         OptimizerSettings(**fields)
+
+
+@pytest.mark.parametrize("name", BAD_LORA)
+def test_nonsensical_adapters_are_refused_by_name(name: str) -> None:
+    fields, sentence = BAD_LORA[name]
+    with pytest.raises(ValueError, match=sentence):
+        LoraSettings(**fields)
 
 
 @pytest.mark.parametrize("name", BAD_DATA)
@@ -173,6 +191,14 @@ optimizers = st.builds(
     warmup_epochs=st.integers(0, 5),
     min_lr_ratio=st.floats(0, 1),
 )
+loras = st.builds(
+    LoraSettings,
+    rank=st.integers(1, 1024),
+    alpha=st.floats(1e-6, 1e6),
+    target_modules=st.lists(
+        st.from_regex(r"[a-z_]{1,9}(\.[a-z0-9]{1,5})?", fullmatch=True), unique=True, min_size=1
+    ).map(tuple),
+)
 data_specs = st.builds(
     DataSpec,
     kind=st.sampled_from([DataKind.TEXT, DataKind.JSONL, DataKind.PARQUET]),
@@ -222,6 +248,7 @@ def specs(draw: st.DrawFn) -> RunSpec:
         keepers=draw(st.integers(0, 1000)),
         checkpoint_every=draw(st.integers(1, 10**9)),
         num_epochs=draw(st.integers(5, 2**31 - 1)),
+        lora=draw(st.none() | loras),
     )
 
 
@@ -242,6 +269,12 @@ def test_the_order_in_which_things_were_written_changes_nothing() -> None:
     one = make_spec(config=CONFIG, tokenizer=tokenizer)
     other = make_spec(config=dict(reversed(list(CONFIG.items()))), tokenizer=dict(reversed(list(tokenizer.items()))))
     assert one.to_bytes() == other.to_bytes()
+
+
+def test_the_order_of_target_modules_changes_nothing_and_runs_without_adapters_have_the_bytes_that_they_had() -> None:
+    one, other = (make_spec(lora=LoraSettings(target_modules=names)) for names in (("a", "b"), ("b", "a")))
+    assert one.to_bytes() == other.to_bytes()
+    assert hashlib.sha256(make_spec().to_bytes()).hexdigest()[:16] == "a920d1c4d784b358"
 
 
 def test_every_rule_changes_the_run_id_and_so_does_the_owner() -> None:
@@ -269,6 +302,7 @@ def test_every_rule_changes_the_run_id_and_so_does_the_owner() -> None:
         "keepers": 1,
         "checkpoint_every": 7,
         "num_epochs": 11,
+        "lora": LoraSettings(target_modules=("q_proj",)),
     }
     assert changed.keys() == {field.name for field in dataclasses.fields(RunSpec)}
     ids = {dataclasses.replace(base, **{name: value}).run_id(OWNER.peer_id) for name, value in changed.items()}
@@ -357,6 +391,7 @@ def test_a_spec_is_signed_only_when_others_can_check_everything() -> None:
     with pytest.raises(ValueError, match="lacks initial_digests, tokenizer"):
         open_spec(raw, certified_run_id(raw))
     assert make_spec(data=DataSpec(kind=DataKind.OWN)).missing_parts() == []
+    assert make_spec(lora=LoraSettings()).missing_parts() == ["lora.target_modules"]
 
 
 def test_a_spec_that_is_too_large_cannot_be_signed() -> None:

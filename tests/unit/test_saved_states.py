@@ -591,7 +591,7 @@ HOSTILE: list[tuple[str, Callable[[bytes], bytes], str]] = [
     ("without commit", lambda raw: with_commit(raw, None), "no signed commit"),
     ("senseless commit", lambda raw: with_commit(raw, replace(commit_to(2), parent=b"p" * 65)), "makes no sense"),
     ("too few bytes", lambda raw: with_sizes(raw, num_parameters=2**62), "and should have"),
-    ("no parameters", lambda raw: with_sizes(raw, num_parameters=0), "makes no sense"),
+    ("no parameters", lambda raw: with_sizes(raw, num_parameters=0), "and should have"),
     ("many vectors", lambda raw: with_header(raw, header_of(raw), num_vectors=2**32 - 1), "makes no sense"),
     ("no digest", lambda raw: with_sizes(raw, digest=b""), "makes no sense"),
     ("no protobuf", lambda raw: with_header(raw, b"\xff" * 50), "makes no sense"),

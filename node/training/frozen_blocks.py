@@ -1,0 +1,88 @@
+"""FrozenBlocks: the blocks that adapter runs compute with, in memory once for all runs of this process that have the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from node.backend.adapter import attach
+from node.backend.span_model import SpanModel
+from node.shard import DTYPES, Shard, checked_shard
+from node.training.stage_model import hold_casts, load_stage_model
+from swarm.decoder import BlockSource
+from swarm.model_spec import config_digest
+from swarm.run_spec import Precision, RunSpec
+from swarm.training.adapters import AdapterLayout
+from swarm.training.initial import open_initial_weights
+from swarm.training.run_model import RunModel
+
+log = logging.getLogger(__name__)
+
+
+class FrozenBlocks:
+    """Used by the device thread alone. What is computed in another dtype is a copy of its own."""
+
+    def __init__(self) -> None:
+        self._models: dict[tuple[object, ...], SpanModel] = {}
+
+    def for_training(self, spec: RunSpec, stage: int, device: str, source: BlockSource) -> SpanModel:
+        """A model of the stage's blocks over weights that others may have, too: for adapters of its own.
+
+        source: where to load from what is not here yet. Raises UserError if that is not what the spec names.
+        """
+        is_autocast = spec.precision is Precision.BF16
+        return self._shared(spec, stage, device, torch.float32, is_autocast, source)
+
+    def for_sessions(self, spec: RunSpec, stage: int, device: str, dtype: torch.dtype) -> SpanModel:
+        """The same, computing in dtype throughout."""
+        return self._shared(spec, stage, device, dtype, False, None)
+
+    def adapted_shard(self, model: RunModel, layout: AdapterLayout, stage: int, precision: str, device: str) -> Shard:
+        """The blocks of a stage with the adapters of a place, which nobody changes any more."""
+        blocks = self.for_sessions(layout.spec, stage, device, DTYPES[precision])
+        tensors = model.load_blocks(blocks.span)
+        attach(blocks, layout, stage, tensors)
+        return checked_shard(model, blocks, tuple(model.digest_blocks(blocks.span, tensors)), precision)
+
+    def stages_here(self, spec: RunSpec) -> set[int]:
+        """The stages of an adapter run whose blocks are here already."""
+        if spec.lora is None:
+            return set()
+        loaded = {(key[0], key[2]) for key in self._models}
+        return {stage for stage, span in enumerate(spec.stages) if (spec.initial_digests[stage], span) in loaded}
+
+    def _shared(
+        self, spec: RunSpec, stage: int, device: str, dtype: torch.dtype, is_autocast: bool, source: BlockSource | None
+    ) -> SpanModel:
+        digest, span = spec.initial_digests[stage], spec.stages[stage]
+        # The digest names the weights, the config what is computed with them.
+        key = (digest, config_digest(spec.config), span, spec.dropout, device, dtype, is_autocast)
+        model = self._models.get(key)
+        if model is None:
+            model = load_stage_model(source or open_initial_weights(spec), spec, stage, dtype=dtype, device=device)
+            if is_autocast:
+                _hold_casts(model)
+            self._models[key] = model
+        else:
+            log.info("frozen blocks shared span=%s digest=%s", span, digest.hex()[:8])
+        return model.twin()
+
+
+def _hold_casts(model: SpanModel) -> None:
+    """As hold_casts, of weights that do not change."""
+    parameters = [parameter for _, parameter in model.named_parameters()]
+    masters = [parameter.data for parameter in parameters]
+
+    def hold(indices: Sequence[int], dtype: torch.dtype) -> None:
+        for index in indices:
+            parameters[index].data = masters[index].to(dtype)
+
+    model.autocast_dtype = torch.bfloat16
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    hold_casts(model, parameters, hold)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    model.note_weights()
