@@ -76,6 +76,11 @@ def cli() -> None:
     help="With --run: also serve generation, with copies of its stage's weights.",
 )
 @click.option(
+    "--copies/--no-copies",
+    default=True,
+    help="With --run: also keep copies of other stages' checkpoints that are on one disk only.",
+)
+@click.option(
     "--serving-share",
     type=float,
     default=0.5,

@@ -58,6 +58,8 @@ class NodeConfig:
     record_lifetime_s: float = 60.0
     """How long others believe in us after our last word; renewed every third of it."""
     cache_dir: Path | None = None
+    copies: bool = True
+    """Whether a node that trains keeps copies of other stages' checkpoints that too few disks have."""
     serves_sessions: bool = True
     """Whether a node that trains also serves sessions, with copies of its stage's weights."""
     serving_share: float = 0.5

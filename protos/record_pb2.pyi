@@ -82,8 +82,16 @@ class SavedPlace(_message.Message):
     era: int
     def __init__(self, epoch: _Optional[int] = ..., lineage: _Optional[bytes] = ..., era: _Optional[int] = ...) -> None: ...
 
+class SavedCopy(_message.Message):
+    __slots__ = ("stage", "place")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    place: SavedPlace
+    def __init__(self, stage: _Optional[int] = ..., place: _Optional[_Union[SavedPlace, _Mapping]] = ...) -> None: ...
+
 class MemberRecord(_message.Message):
-    __slots__ = ("peer_id", "expires_at_ms", "version", "run_id", "stage", "state", "epoch", "lineage", "tokens_per_s", "bandwidth_bytes_per_s", "loss", "addresses", "is_keeper", "era", "saved")
+    __slots__ = ("peer_id", "expires_at_ms", "version", "run_id", "stage", "state", "epoch", "lineage", "tokens_per_s", "bandwidth_bytes_per_s", "loss", "addresses", "is_keeper", "era", "saved", "copies")
     PEER_ID_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_AT_MS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +107,7 @@ class MemberRecord(_message.Message):
     IS_KEEPER_FIELD_NUMBER: _ClassVar[int]
     ERA_FIELD_NUMBER: _ClassVar[int]
     SAVED_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
     peer_id: str
     expires_at_ms: int
     version: _node_pb2.ProtocolVersion
@@ -114,4 +123,5 @@ class MemberRecord(_message.Message):
     is_keeper: bool
     era: int
     saved: _containers.RepeatedCompositeFieldContainer[SavedPlace]
-    def __init__(self, peer_id: _Optional[str] = ..., expires_at_ms: _Optional[int] = ..., version: _Optional[_Union[_node_pb2.ProtocolVersion, _Mapping]] = ..., run_id: _Optional[bytes] = ..., stage: _Optional[int] = ..., state: _Optional[_Union[ShardState, str]] = ..., epoch: _Optional[int] = ..., lineage: _Optional[bytes] = ..., tokens_per_s: _Optional[float] = ..., bandwidth_bytes_per_s: _Optional[float] = ..., loss: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., is_keeper: bool = ..., era: _Optional[int] = ..., saved: _Optional[_Iterable[_Union[SavedPlace, _Mapping]]] = ...) -> None: ...
+    copies: _containers.RepeatedCompositeFieldContainer[SavedCopy]
+    def __init__(self, peer_id: _Optional[str] = ..., expires_at_ms: _Optional[int] = ..., version: _Optional[_Union[_node_pb2.ProtocolVersion, _Mapping]] = ..., run_id: _Optional[bytes] = ..., stage: _Optional[int] = ..., state: _Optional[_Union[ShardState, str]] = ..., epoch: _Optional[int] = ..., lineage: _Optional[bytes] = ..., tokens_per_s: _Optional[float] = ..., bandwidth_bytes_per_s: _Optional[float] = ..., loss: _Optional[float] = ..., addresses: _Optional[_Iterable[str]] = ..., is_keeper: bool = ..., era: _Optional[int] = ..., saved: _Optional[_Iterable[_Union[SavedPlace, _Mapping]]] = ..., copies: _Optional[_Iterable[_Union[SavedCopy, _Mapping]]] = ...) -> None: ...

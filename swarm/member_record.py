@@ -18,6 +18,7 @@ from swarm.run_id import RUN_ID_BYTES, run_member_key
 MAX_STAGE = 256
 MAX_EPOCH = 2**48
 MAX_SAVED = 4
+MAX_COPIES = 4
 MIN_LINEAGE_BYTES, MAX_LINEAGE_BYTES = 16, 32
 
 
@@ -48,6 +49,8 @@ class MemberRecord:
     """A node that holds the ends beside its stage: they outlive the trainers with it."""
     saved: tuple[Place, ...] = ()
     """Of which places it has the state on its disk, newest first."""
+    copies: tuple[tuple[int, Place], ...] = ()
+    """States of other stages on its disk: stage and place."""
     protocol_major: int = 1
     protocol_minor: int = 0
     software: str = ""
@@ -71,6 +74,11 @@ class MemberRecord:
             return "the loss must be finite; leave it out if there is none"
         if len(self.saved) > MAX_SAVED or any(len(place.lineage) != MAX_LINEAGE_BYTES for place in self.saved):
             return f"at most {MAX_SAVED} saved places, each with a lineage of {MAX_LINEAGE_BYTES} bytes"
+        if len(self.copies) > MAX_COPIES or any(
+            stage > MAX_STAGE or stage == self.stage or len(place.lineage) != MAX_LINEAGE_BYTES
+            for stage, place in self.copies
+        ):
+            return f"at most {MAX_COPIES} copies, of other stages, each with a lineage of {MAX_LINEAGE_BYTES} bytes"
         rates = (self.tokens_per_s, self.bandwidth_bytes_per_s)
         return problem_with_rates(rates) or problem_with_texts((self.peer_id, self.software), self.addresses)
 
@@ -78,6 +86,12 @@ class MemberRecord:
     def place(self) -> Place:
         """Where its weights are."""
         return Place(self.epoch, self.lineage, self.era)
+
+    def places_of(self, stage: int) -> tuple[Place, ...]:
+        """Of which places it has the state of this stage on its disk."""
+        if stage == self.stage:
+            return self.saved
+        return tuple(place for its_stage, place in self.copies if its_stage == stage)
 
     @property
     def subkey(self) -> str:
@@ -108,7 +122,8 @@ def sign_member(record: MemberRecord, identity: Identity) -> bytes:
         addresses=record.addresses,
         is_keeper=record.is_keeper,
         era=record.era,
-        saved=[record_pb2.SavedPlace(epoch=p.epoch, lineage=p.lineage, era=p.era) for p in record.saved],
+        saved=[_to_wire(place) for place in record.saved],
+        copies=[record_pb2.SavedCopy(stage=stage, place=_to_wire(place)) for stage, place in record.copies],
     )
     return seal(message, identity, "announce fewer addresses")
 
@@ -133,8 +148,17 @@ def open_member(raw: bytes) -> MemberRecord:
         addresses=tuple(message.addresses),
         is_keeper=message.is_keeper,
         era=message.era,
-        saved=tuple(Place(one.epoch, one.lineage, one.era) for one in message.saved),
+        saved=tuple(_from_wire(one) for one in message.saved),
+        copies=tuple((one.stage, _from_wire(one.place)) for one in message.copies),
         protocol_major=message.version.major,
         protocol_minor=message.version.minor,
         software=message.version.software,
     )
+
+
+def _to_wire(place: Place) -> record_pb2.SavedPlace:
+    return record_pb2.SavedPlace(epoch=place.epoch, lineage=place.lineage, era=place.era)
+
+
+def _from_wire(wire: record_pb2.SavedPlace) -> Place:
+    return Place(wire.epoch, wire.lineage, wire.era)

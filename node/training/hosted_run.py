@@ -13,6 +13,7 @@ from node.device_share import Purpose
 from node.executor import Executor
 from node.microbatches import microbatch_limits_of
 from node.throughput import measure_throughput
+from node.training.copier import Copier
 from node.training.device_work import DeviceWork
 from node.training.frozen_blocks import FrozenBlocks
 from node.training.keeper import Keeper
@@ -25,6 +26,7 @@ from swarm.errors import UserError
 from swarm.log_label import log_label
 from swarm.run_store import RunStore
 from swarm.training.checkpoints import Checkpoints, Resumed, saved_stages
+from swarm.training.copies import CopyStore
 from swarm.training.initial import open_initial_weights
 from swarm.training.membership import Membership
 from swarm.training.run_host import RunHost
@@ -53,6 +55,7 @@ class HostedRun:
         stage: TrainableStage,
         stage_number: int,
         checkpoints: Checkpoints,
+        copies: CopyStore,
         resumed: Resumed | None,
     ) -> None:
         config, executor = parts.config, parts.executor
@@ -61,8 +64,10 @@ class HostedRun:
         self._parts, self._checkpoints, self._resumed = parts, checkpoints, resumed
         self.membership = Membership(
             parts.run_host, store, stage_number, stage.parameters, DeviceWork(executor),
-            is_reachable=not config.use_relay, checkpoints=checkpoints, resumed=resumed, config=config.membership,
+            is_reachable=not config.use_relay, checkpoints=checkpoints, copies=copies, resumed=resumed,
+            config=config.membership,
         )  # fmt: skip
+        self._copier = Copier(parts.run_host, store, self.membership, copies) if config.copies else None
         self._live = LiveModels(parts.run_host, store, stage_number, executor, config, parts.frozen)
         checkpoints.on_saved.append(self._live.begin)
         self.service = StageService(stage, self.membership, executor, microbatch_limits_of(config), self._live)
@@ -75,17 +80,18 @@ class HostedRun:
         _check_limits(parts.config, store)
         number = await _choose_stage(parts, store)
 
-        def load() -> tuple[TrainableStage, float, Checkpoints, Resumed | None]:
+        def load() -> tuple[TrainableStage, float, Checkpoints, CopyStore, Resumed | None]:
             log.info("loading run=%s stage=%d", store.run_id.hex()[:8], number)
             source = open_initial_weights(store.spec)
             stage = TrainableStage(source, store.spec, number, parts.config.device, parts.frozen)
             # A backward takes twice a forward's time.
             tokens_per_s = measure_throughput(stage.model, parts.config.threads).prefill_tokens_per_s / 3
+            copies = CopyStore(store, number)
             checkpoints = Checkpoints(store, number, stage.parameters.size)
-            return stage, tokens_per_s, checkpoints, checkpoints.resume(stage.parameters)
+            return stage, tokens_per_s, checkpoints, copies, checkpoints.resume(stage.parameters)
 
-        stage, tokens_per_s, checkpoints, resumed = await parts.executor.run(load, purpose=Purpose.TRAINING)
-        hosted = cls(parts, store, stage, number, checkpoints, resumed)
+        stage, tokens_per_s, checkpoints, copies, resumed = await parts.executor.run(load, purpose=Purpose.TRAINING)
+        hosted = cls(parts, store, stage, number, checkpoints, copies, resumed)
         hosted.membership.tokens_per_s = tokens_per_s
         return hosted
 
@@ -98,14 +104,16 @@ class HostedRun:
             await self._serve_saved()
             await stack.enter_async_context(self.membership.running())
             self.is_ready.set()
-            stopped, keeping = asyncio.create_task(stop.wait()), asyncio.create_task(self._keeper.run())
+            stopped = asyncio.create_task(stop.wait())
+            besides = [asyncio.create_task(part.run()) for part in (self._keeper, self._copier) if part is not None]
             try:
-                await asyncio.wait([stopped, keeping], return_when=asyncio.FIRST_COMPLETED)
-                if keeping.done():
-                    keeping.result()  # its bugs; else it had nothing to keep
-                    await stopped
+                pending = {stopped, *besides}
+                while not stopped.done():
+                    done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        task.result()  # its bugs; else it has nothing to do any more
             finally:
-                await cancelled([stopped, keeping])
+                await cancelled([stopped, *besides])
 
     async def _serve_saved(self) -> None:
         """The newest checkpoint on this disk, so that sessions need not wait for the next one."""

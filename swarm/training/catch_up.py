@@ -22,7 +22,7 @@ from swarm.p2p.host import Host
 from swarm.terminal import ProgressBar
 from swarm.training.parameters import StageParameters, StageState
 from swarm.training.requests import Donor, open_request, received
-from swarm.training.saved_transfer import fetch_saved
+from swarm.training.saved_transfer import fetch_state
 from swarm.training.wire import (
     commit_from_wire,
     commit_to_wire,
@@ -91,14 +91,10 @@ async def fetch_snapshot(
             num_bytes += count
             bar.advance(count)
 
-        head, vectors = await fetch_saved(
+        head, state = await fetch_state(
             host, run_id, stage, place, donors[place], parameters.size,
             num_vectors=num_vectors, on_bytes=on_bytes,
         )  # fmt: skip
-    values, first, second, *previous = vectors.unbind()
-    state = StageState(values, first, second, head.saved.num_steps, *previous)
-    if await asyncio.to_thread(state.digest) != head.saved.digest:
-        raise BadReply("the snapshot does not have the digest that was announced")
     log.info("snapshot fetched epoch=%d donors=%d bytes=%d", place.epoch, len(donors[place]), num_bytes)
     return place, head.saved.commit, state
 

@@ -54,15 +54,18 @@ def is_complete(place: Place, seen: Mapping[int, Collection[Place]], num_stages:
     return all(place in seen.get(stage, ()) for stage in range(num_stages))
 
 
-def states_to_keep(own: Sequence[Place], seen: Mapping[int, Collection[Place]], num_stages: int) -> set[Place]:
+def states_to_keep(
+    own: Sequence[Place], seen: Mapping[int, Collection[Place]], num_stages: int, safe: Place | None = None
+) -> set[Place]:
     """Of a member's saved states (newest first): the newest complete ones, the newest of all, and newer ones that may become complete.
 
-    seen: what each stage has on some disk, this member's own included.
+    seen: what each stage has on some disk, this member's own included. safe: the newest of which no state hangs on one disk.
     """
     complete = [place for place in own if is_complete(place, seen, num_stages)][:NUM_COMPLETE]
     oldest = complete[-1] if len(complete) == NUM_COMPLETE else None
-    newer = [place for place in own if oldest is None or place.epoch >= oldest.epoch]
-    return {*complete, *newer[: _MAX_KEPT - len(complete)]}
+    kept = {*complete, *(place for place in own if place == safe)}
+    newer = [place for place in own if (oldest is None or place.rank <= oldest.rank) and place not in kept]
+    return {*kept, *newer[: _MAX_KEPT - len(kept)]}
 
 
 class Checkpoints:
@@ -235,11 +238,11 @@ class Checkpoints:
         for callback in self.on_saved:
             callback(place, state.values, commit is not None and self.is_checkpoint(commit))
 
-    async def prune(self, seen: Mapping[int, Collection[Place]]) -> None:
-        """seen: what the others have on their disks."""
+    async def prune(self, seen: Mapping[int, Collection[Place]], safe: Place | None = None) -> None:
+        """seen: what the others have on their disks. safe: a place to keep besides."""
         own = self.places
         everywhere = {**seen, self._stage: {*seen.get(self._stage, ()), *own}}
-        keep = states_to_keep(own, everywhere, self._store.spec.num_stages)
+        keep = states_to_keep(own, everywhere, self._store.spec.num_stages, safe)
         if set(own) - keep and (self._saving is None or self._saving.done()):
             await asyncio.to_thread(self.states.prune, keep)
             await asyncio.to_thread(self._look)

@@ -38,7 +38,7 @@ class _Link:
     task: asyncio.Task[None] | None = None
 
 
-RequestHandler = Callable[[str, training_pb2.MemberMessage, FramedStream], Awaitable[None]]
+RequestHandler = Callable[[int, training_pb2.MemberMessage, FramedStream], Awaitable[None]]
 
 
 class Links:
@@ -56,7 +56,7 @@ class Links:
         on_request: RequestHandler,
         config: LinkConfig | None = None,
     ) -> None:
-        """What the callbacks are given first is a member's name, or the peer id of who has a request."""
+        """What the callbacks are given first is a member's name, or the stage that a request is about."""
         self._run_host, self._run_id, self._stage = run_host, run_id, stage
         self._on_message, self._on_found, self._on_lost, self._on_request = on_message, on_found, on_lost, on_request
         self._config = config or LinkConfig()
@@ -130,7 +130,7 @@ class Links:
             return
         if introduction.is_request:
             if raw is not None:
-                await self._on_request(stream.peer_id, decode(raw), stream)
+                await self._on_request(introduction.to_stage, decode(raw), stream)
             return
         link = self._link(member_name(stream.peer_id, introduction.stage))
         link.streams.append(stream)

@@ -36,6 +36,7 @@ from swarm.run_store import RunStore
 from swarm.training.artifacts import send_artifact
 from swarm.training.catch_up import ask_place, fetch_snapshot, send_place
 from swarm.training.checkpoints import Checkpoints, Resumed, Saving
+from swarm.training.copies import CopyStore, safe_place
 from swarm.training.course import RunCourse
 from swarm.training.links import Links
 from swarm.training.member_config import MembershipConfig
@@ -45,7 +46,7 @@ from swarm.training.parameters import GradientSum, StageParameters, StageState, 
 from swarm.training.requests import Donor
 from swarm.training.rollback import Watch, saved_by_stage
 from swarm.training.run_host import RunHost
-from swarm.training.saved_transfer import send_saved
+from swarm.training.saved_transfer import donors_of, fetch_state, send_saved
 from swarm.training.standing import Standing, send_standing
 from swarm.training.wire import is_signed, place_from_wire, sign_commit
 
@@ -117,6 +118,7 @@ class Membership:
         is_keeper: bool = False,
         is_reachable: bool = True,
         checkpoints: Checkpoints | None = None,
+        copies: CopyStore | None = None,
         resumed: Resumed | None = None,
         config: MembershipConfig | None = None,
     ) -> None:
@@ -133,7 +135,7 @@ class Membership:
         self.is_keeper = is_keeper
         if checkpoints is not None:
             checkpoints.on_saved.append(lambda *_: self._has_news.set())
-        self.checkpoints = checkpoints
+        self.checkpoints, self.copies = checkpoints, copies
         self.last_commit = resumed.commit if resumed is not None else None
         self.tokens_per_s = 0.0
         self._sums: list[tuple[Ledger, GradientSum]] = []
@@ -292,6 +294,7 @@ class Membership:
             addresses=self._addresses,
             is_keeper=self.is_keeper,
             saved=() if self.checkpoints is None else self.checkpoints.places[:MAX_SAVED],
+            copies=() if self.copies is None else self.copies.places,
             protocol_major=PROTOCOL_MAJOR,
             protocol_minor=PROTOCOL_MINOR,
             software=SOFTWARE,
@@ -358,7 +361,8 @@ class Membership:
         if self.checkpoints is None:
             return
         try:
-            await self.checkpoints.prune(saved_by_stage(records))
+            safe = safe_place(records, self.spec.num_stages)
+            await self.checkpoints.prune(saved_by_stage(records), safe)
         except UserError as error:
             log.warning("saved states cannot be looked at: %s", error)
 
@@ -446,6 +450,10 @@ class Membership:
             self._links.send(peer, Ordered(raw))
         self._search_now.set()
         self.feed(m.Steered())
+
+    def has_news(self) -> None:
+        """Something in the record has changed."""
+        self._has_news.set()
 
     def _on_found(self, peer: str) -> None:
         self._lost_at.pop(peer, None)
@@ -585,9 +593,37 @@ class Membership:
             self.feed(m.Entered(place, commit))
             await self._fetch_snapshot(candidates, place)
             return
+        if await self._install_copy(order.place):
+            return
         log.warning("nobody gave the state of this stage stage=%d asked=%d", self.stage, len(candidates))
         await asyncio.sleep(self.config.tick_s)
         self.feed(m.InVain())
+
+    async def _install_copy(self, goal: Place) -> bool:
+        """Go to a place to which the run went back, with a checkpoint that is on others' disks."""
+        records = await self.directory.find_members(self.run_id, range(self.spec.num_stages))
+        places = {place for record in records for place in record.places_of(self.stage)}
+        bases = [place for place in places if goal in (place, place.rolled_back(goal.era))]
+        for base in bases:
+            donors = [donor for donor in donors_of(records, self.stage, base) if donor.peer_id != self.host.peer_id]
+            try:
+                head, state = await fetch_state(
+                    self.host,
+                    self.run_id,
+                    self.stage,
+                    base,
+                    donors,
+                    self.parameters.size,
+                    len(self.parameters.state.tensors),
+                )
+                self.course.check(head.saved.commit)
+                await self._install(goal, head.saved.commit, state)
+            except (PeerFailed, BadRequest, TimeoutError) as error:
+                log.info("no copy epoch=%d reason=%s", base.epoch, error)
+                continue
+            self.counters.num_downloads += 1
+            return True
+        return False
 
     async def _fetch_snapshot(self, candidates: Sequence[str], at_least: Place) -> None:
         """While the run goes on with us. Raises UserError if no replica gives it."""
@@ -665,7 +701,7 @@ class Membership:
             self._tell(commit)
         self.feed(m.Installed(place, commit))
 
-    async def _on_request(self, peer: str, request: training_pb2.MemberMessage, stream: FramedStream) -> None:
+    async def _on_request(self, stage: int, request: training_pb2.MemberMessage, stream: FramedStream) -> None:
         if request.WhichOneof("kind") == "get_artifact":
             await send_artifact(stream, self._store, request.get_artifact.digest)
             return
@@ -675,8 +711,12 @@ class Membership:
             await send_standing(stream, self._standing())
             return
         if request.WhichOneof("kind") == "get_saved" and self.checkpoints is not None:
-            await send_saved(stream, self.checkpoints.states, request.get_saved)
-            return
+            if stage == self.stage:
+                await send_saved(stream, self.checkpoints.states, request.get_saved)
+                return
+            if self.copies is not None:
+                await send_saved(stream, self.copies.states(stage), request.get_saved)
+                return
         if request.WhichOneof("kind") == "get_place" and self._has_weights:
             place, commit = self.weights_at
             await send_place(stream, place, None if commit is None else self._sign_kept(commit))

@@ -25,7 +25,8 @@ def saved_by_stage(records: Iterable[MemberRecord]) -> dict[int, set[Place]]:
     """What is on the members' disks."""
     saved: dict[int, set[Place]] = {}
     for record in records:
-        saved.setdefault(record.stage, set()).update(record.saved)
+        for stage in {record.stage, *(stage for stage, _ in record.copies)}:
+            saved.setdefault(stage, set()).update(record.places_of(stage))
     return saved
 
 

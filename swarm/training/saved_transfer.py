@@ -24,6 +24,7 @@ from swarm.errors import BadReply, BadRequest, PeerFailed, UserError
 from swarm.member_record import MemberRecord
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host
+from swarm.training.parameters import StageState
 from swarm.training.requests import Donor, open_request, receive_whole, received, send_whole
 from swarm.training.saved_states import PIECE_BYTES, SavedHead, SavedStates
 from swarm.training.wire import decode, place_from_wire, place_to_wire
@@ -42,7 +43,7 @@ _MAX_DONORS = 8
 
 def donors_of(records: Iterable[MemberRecord], stage: int, place: Place) -> list[Donor]:
     """Who says that it has the state of a stage at a place."""
-    return [Donor(r.peer_id, r.addresses) for r in records if r.stage == stage and place in r.saved]
+    return [Donor(r.peer_id, r.addresses) for r in records if place in r.places_of(stage)]
 
 
 async def send_saved(stream: FramedStream, states: SavedStates, request: training_pb2.GetSaved) -> None:
@@ -172,6 +173,28 @@ async def fetch_saved(
         if download.num_left:
             raise PeerFailed(f"all donors of stage {stage} of epoch {place.epoch} were lost before it was all here")
         return head, download.vectors
+
+
+async def fetch_state(
+    host: Host,
+    run_id: bytes,
+    stage: int,
+    place: Place,
+    donors: Sequence[Donor],
+    num_parameters: int,
+    num_vectors: int,
+    *,
+    on_bytes: Callable[[int], None] = lambda num_bytes: None,
+) -> tuple[SavedHead, StageState]:
+    """A whole saved state. Raises as fetch_saved, and BadReply if it does not have the digest that its head names."""
+    head, vectors = await fetch_saved(
+        host, run_id, stage, place, donors, num_parameters, num_vectors=num_vectors, on_bytes=on_bytes
+    )
+    values, first, second, *previous = vectors.unbind()
+    state = StageState(values, first, second, head.saved.num_steps, *previous)
+    if await asyncio.to_thread(state.digest) != head.saved.digest:
+        raise BadReply("the state does not have the digest that was announced")
+    return head, state
 
 
 async def _open(

@@ -40,17 +40,17 @@ def last_epoch(training: TrainingSwarm, member: Process) -> int:
 
 def check_end(training: TrainingSwarm, nodes: list[Process], trainer: Process, timeout_s: float = 90) -> None:
     """All come to the end with the weights that one process has, in one history."""
-    members = [*nodes, trainer]
+    members, last = [*nodes, trainer], training.store.spec.num_epochs - 1
 
     def is_over() -> bool:
-        return all(NUM_EPOCHS - 1 in training.steps_of(member) for member in members)
+        return all(last in training.steps_of(member) for member in members)
 
     try:
         wait_until(is_over, timeout_s, "the run ends")
     except AssertionError as error:
         logs = "\n".join(f"== {member.log_path.name}\n{member.log[-2500:]}" for member in training.members)
         raise AssertionError(f"{error}\n{logs}") from None
-    assert len({training.steps_of(member)[NUM_EPOCHS - 1]["lineage"] for member in members}) == 1
+    assert len({training.steps_of(member)[last]["lineage"] for member in members}) == 1
     expected = train_in_one_process(training.store.spec, samples_of_run(training.store, training.folder / "data"))
     error = largest_error(weights_of_run(training, nodes, trainer), expected.weights)
     assert error < 1e-5, f"largest relative error {error:.1e}"
@@ -99,6 +99,26 @@ def test_a_run_whose_newest_state_is_gone_goes_back_to_the_newest_checkpoint_tha
         gone_back = re.search(r"the run goes back from epoch=(\d+) to epoch=(\d+)", trainer.log + other.log + back.log)
         assert gone_back is not None and int(gone_back[2]) == 16 and abs(int(gone_back[1]) - stood_at) <= 1
         assert {training.steps_of(member)[NUM_EPOCHS - 1]["era"] for member in (back, other, trainer)} == {1}
+
+
+def test_a_stage_whose_only_disk_is_gone_goes_on_from_the_copy_that_another_node_kept(
+    tmp_path: Path, fork_server: ForkServer
+) -> None:
+    with running(tmp_path, fork_server, keepers=1, checkpoint_every=6, **{"end.epochs": 3 * NUM_EPOCHS}) as training:
+        victim = training.start_node(0, cache=tmp_path / "disk")
+        other, trainer = training.start_node(1, cache=tmp_path / "other"), training.start_trainer()
+        wait_until(lambda: "copy kept stage=0" in other.log, 60, "the checkpoint of the lone stage is copied")
+        victim.send(signal.SIGKILL)
+        victim.wait(20)
+        shutil.rmtree(tmp_path / "disk")
+        stood_at = last_epoch(training, trainer) + 1
+        kept = [int(epoch) for epoch in re.findall(r"copy kept stage=0 epoch=(\d+)", other.log)]
+        newcomer = training.start_node(0, cache=tmp_path / "new disk")
+        check_end(training, [newcomer, other], trainer)
+        gone_back = re.search(r"the run goes back from epoch=(\d+) to epoch=(\d+)", trainer.log + other.log)
+        assert gone_back is not None and int(gone_back[2]) in kept and abs(int(gone_back[1]) - stood_at) <= 1
+        last = [training.steps_of(member)[training.store.spec.num_epochs - 1] for member in (newcomer, other, trainer)]
+        assert {step["era"] for step in last} == {1}
 
 
 def test_a_whole_swarm_that_was_stopped_goes_on_from_its_disks(tmp_path: Path, fork_server: ForkServer) -> None:
