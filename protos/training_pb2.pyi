@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class MemberMessage(_message.Message):
-    __slots__ = ("introduction", "lead", "hello", "redirect", "where", "lease", "done", "failed", "confirm", "void", "prepare", "abort", "report", "round_failed", "commit", "committed", "excluded", "get_place", "state", "refusal", "get_artifact", "artifact", "get_saved", "saved", "get_pieces", "get_snapshot")
+    __slots__ = ("introduction", "lead", "hello", "redirect", "where", "lease", "done", "failed", "confirm", "void", "prepare", "abort", "report", "round_failed", "commit", "committed", "excluded", "get_place", "state", "refusal", "get_artifact", "artifact", "get_saved", "saved", "get_pieces", "get_snapshot", "ordered", "put_orders", "standing")
     INTRODUCTION_FIELD_NUMBER: _ClassVar[int]
     LEAD_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,9 @@ class MemberMessage(_message.Message):
     SAVED_FIELD_NUMBER: _ClassVar[int]
     GET_PIECES_FIELD_NUMBER: _ClassVar[int]
     GET_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    ORDERED_FIELD_NUMBER: _ClassVar[int]
+    PUT_ORDERS_FIELD_NUMBER: _ClassVar[int]
+    STANDING_FIELD_NUMBER: _ClassVar[int]
     introduction: Introduction
     lead: Lead
     hello: Hello
@@ -61,7 +64,10 @@ class MemberMessage(_message.Message):
     saved: SavedState
     get_pieces: GetPieces
     get_snapshot: GetSnapshot
-    def __init__(self, introduction: _Optional[_Union[Introduction, _Mapping]] = ..., lead: _Optional[_Union[Lead, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., redirect: _Optional[_Union[Redirect, _Mapping]] = ..., where: _Optional[_Union[Where, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., confirm: _Optional[_Union[Confirm, _Mapping]] = ..., void: _Optional[_Union[Void, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., round_failed: _Optional[_Union[RoundFailed, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., excluded: _Optional[_Union[Excluded, _Mapping]] = ..., get_place: _Optional[_Union[GetPlace, _Mapping]] = ..., state: _Optional[_Union[StateHeader, _Mapping]] = ..., refusal: _Optional[_Union[_node_pb2.Refusal, _Mapping]] = ..., get_artifact: _Optional[_Union[GetArtifact, _Mapping]] = ..., artifact: _Optional[_Union[Artifact, _Mapping]] = ..., get_saved: _Optional[_Union[GetSaved, _Mapping]] = ..., saved: _Optional[_Union[SavedState, _Mapping]] = ..., get_pieces: _Optional[_Union[GetPieces, _Mapping]] = ..., get_snapshot: _Optional[_Union[GetSnapshot, _Mapping]] = ...) -> None: ...
+    ordered: Ordered
+    put_orders: PutOrders
+    standing: Standing
+    def __init__(self, introduction: _Optional[_Union[Introduction, _Mapping]] = ..., lead: _Optional[_Union[Lead, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., redirect: _Optional[_Union[Redirect, _Mapping]] = ..., where: _Optional[_Union[Where, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., confirm: _Optional[_Union[Confirm, _Mapping]] = ..., void: _Optional[_Union[Void, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., round_failed: _Optional[_Union[RoundFailed, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., excluded: _Optional[_Union[Excluded, _Mapping]] = ..., get_place: _Optional[_Union[GetPlace, _Mapping]] = ..., state: _Optional[_Union[StateHeader, _Mapping]] = ..., refusal: _Optional[_Union[_node_pb2.Refusal, _Mapping]] = ..., get_artifact: _Optional[_Union[GetArtifact, _Mapping]] = ..., artifact: _Optional[_Union[Artifact, _Mapping]] = ..., get_saved: _Optional[_Union[GetSaved, _Mapping]] = ..., saved: _Optional[_Union[SavedState, _Mapping]] = ..., get_pieces: _Optional[_Union[GetPieces, _Mapping]] = ..., get_snapshot: _Optional[_Union[GetSnapshot, _Mapping]] = ..., ordered: _Optional[_Union[Ordered, _Mapping]] = ..., put_orders: _Optional[_Union[PutOrders, _Mapping]] = ..., standing: _Optional[_Union[Standing, _Mapping]] = ...) -> None: ...
 
 class Introduction(_message.Message):
     __slots__ = ("version", "run_id", "stage", "is_request", "to_stage")
@@ -304,7 +310,7 @@ class RoundFailed(_message.Message):
     def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ..., term: _Optional[_Union[Term, _Mapping]] = ..., attempt: _Optional[int] = ..., culprits: _Optional[_Iterable[str]] = ..., is_mismatch: bool = ...) -> None: ...
 
 class Commit(_message.Message):
-    __slots__ = ("epoch", "parent", "term", "attempt", "num_loss_tokens", "norm", "is_skipped", "digests", "members", "loss_sum", "eval_loss_sum", "num_eval_tokens", "era", "signature")
+    __slots__ = ("epoch", "parent", "term", "attempt", "num_loss_tokens", "norm", "is_skipped", "digests", "members", "loss_sum", "eval_loss_sum", "num_eval_tokens", "era", "orders", "signature")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
@@ -318,6 +324,7 @@ class Commit(_message.Message):
     EVAL_LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
     NUM_EVAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ERA_FIELD_NUMBER: _ClassVar[int]
+    ORDERS_FIELD_NUMBER: _ClassVar[int]
     SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     parent: bytes
@@ -332,8 +339,9 @@ class Commit(_message.Message):
     eval_loss_sum: float
     num_eval_tokens: int
     era: int
+    orders: bytes
     signature: bytes
-    def __init__(self, epoch: _Optional[int] = ..., parent: _Optional[bytes] = ..., term: _Optional[_Union[Term, _Mapping]] = ..., attempt: _Optional[int] = ..., num_loss_tokens: _Optional[int] = ..., norm: _Optional[float] = ..., is_skipped: bool = ..., digests: _Optional[_Iterable[bytes]] = ..., members: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., loss_sum: _Optional[float] = ..., eval_loss_sum: _Optional[float] = ..., num_eval_tokens: _Optional[int] = ..., era: _Optional[int] = ..., signature: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., parent: _Optional[bytes] = ..., term: _Optional[_Union[Term, _Mapping]] = ..., attempt: _Optional[int] = ..., num_loss_tokens: _Optional[int] = ..., norm: _Optional[float] = ..., is_skipped: bool = ..., digests: _Optional[_Iterable[bytes]] = ..., members: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ..., loss_sum: _Optional[float] = ..., eval_loss_sum: _Optional[float] = ..., num_eval_tokens: _Optional[int] = ..., era: _Optional[int] = ..., orders: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Replica(_message.Message):
     __slots__ = ("peer", "stage")
@@ -414,3 +422,67 @@ class GetPieces(_message.Message):
     first: int
     count: int
     def __init__(self, first: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+
+class SignedRunOrders(_message.Message):
+    __slots__ = ("payload", "signature")
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    payload: bytes
+    signature: bytes
+    def __init__(self, payload: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class RunOrders(_message.Message):
+    __slots__ = ("run_id", "serial", "is_paused", "amendments", "eval_epochs", "rollback")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    SERIAL_FIELD_NUMBER: _ClassVar[int]
+    IS_PAUSED_FIELD_NUMBER: _ClassVar[int]
+    AMENDMENTS_FIELD_NUMBER: _ClassVar[int]
+    EVAL_EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    ROLLBACK_FIELD_NUMBER: _ClassVar[int]
+    run_id: bytes
+    serial: int
+    is_paused: bool
+    amendments: _containers.RepeatedCompositeFieldContainer[Amendment]
+    eval_epochs: _containers.RepeatedScalarFieldContainer[int]
+    rollback: Place
+    def __init__(self, run_id: _Optional[bytes] = ..., serial: _Optional[int] = ..., is_paused: bool = ..., amendments: _Optional[_Iterable[_Union[Amendment, _Mapping]]] = ..., eval_epochs: _Optional[_Iterable[int]] = ..., rollback: _Optional[_Union[Place, _Mapping]] = ...) -> None: ...
+
+class Amendment(_message.Message):
+    __slots__ = ("epoch", "lr", "target_batch", "num_epochs")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LR_FIELD_NUMBER: _ClassVar[int]
+    TARGET_BATCH_FIELD_NUMBER: _ClassVar[int]
+    NUM_EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    lr: float
+    target_batch: int
+    num_epochs: int
+    def __init__(self, epoch: _Optional[int] = ..., lr: _Optional[float] = ..., target_batch: _Optional[int] = ..., num_epochs: _Optional[int] = ...) -> None: ...
+
+class Ordered(_message.Message):
+    __slots__ = ("orders",)
+    ORDERS_FIELD_NUMBER: _ClassVar[int]
+    orders: bytes
+    def __init__(self, orders: _Optional[bytes] = ...) -> None: ...
+
+class PutOrders(_message.Message):
+    __slots__ = ("orders",)
+    ORDERS_FIELD_NUMBER: _ClassVar[int]
+    orders: bytes
+    def __init__(self, orders: _Optional[bytes] = ...) -> None: ...
+
+class Standing(_message.Message):
+    __slots__ = ("place", "commit", "orders", "eval_epoch", "eval_loss", "idle_s")
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    ORDERS_FIELD_NUMBER: _ClassVar[int]
+    EVAL_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    EVAL_LOSS_FIELD_NUMBER: _ClassVar[int]
+    IDLE_S_FIELD_NUMBER: _ClassVar[int]
+    place: Place
+    commit: Commit
+    orders: bytes
+    eval_epoch: int
+    eval_loss: float
+    idle_s: float
+    def __init__(self, place: _Optional[_Union[Place, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., orders: _Optional[bytes] = ..., eval_epoch: _Optional[int] = ..., eval_loss: _Optional[float] = ..., idle_s: _Optional[float] = ...) -> None: ...

@@ -14,6 +14,7 @@ import click
 
 from swarm.errors import SwarmError
 from swarm.flags import RunIdType, announce_option, configure_logging, initial_peers_option, listen_option
+from swarm.run_cli import run, run_options, show_status
 
 if TYPE_CHECKING:
     from swarm.client.blocking import Swarm
@@ -174,13 +175,7 @@ def status(
         raise click.UsageError("--model and --run ask for different things: give one of them")
     configure_logging(log_level)
     if run_id is not None:
-        from swarm.client.run_status import fetch_run_status, status_as_json, status_as_table
-
-        found = fetch_run_status(run_id, initial_peers, timeout_s, cache_dir)
-        if as_json:
-            click.echo(json.dumps(status_as_json(found, initial_peers[0], time.time())))
-        else:
-            status_as_table(found, initial_peers[0], sys.stdout)
+        show_status(run_id, initial_peers, timeout_s, cache_dir, as_json=as_json)
         return
     from swarm.client.status import fetch_records, records_as_json, records_as_table
 
@@ -240,37 +235,6 @@ def train(
     sys.exit(run_trainer(config, log_file=log_file, tensorboard=tensorboard, as_json=as_json))
 
 
-def _run_options(
-    *, peers_required: bool, timeout_s: float = 15.0
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    options = [
-        initial_peers_option(required=peers_required),
-        click.option(
-            "--timeout",
-            "timeout_s",
-            type=click.FloatRange(min=0.1),
-            default=timeout_s,
-            show_default=True,
-            metavar="SECONDS",
-            help="Bound on joining the swarm, and on its answer.",
-        ),
-        click.option("--cache-dir", type=click.Path(path_type=Path), help="Where runs are kept."),
-        click.option(
-            "--log-level",
-            type=click.Choice(["debug", "info", "warning", "error"]),
-            default="warning",
-            show_default=True,
-        ),
-    ]
-
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
 @cli.command()
 @click.option("--run", "run_id", type=RunIdType(), required=True, help="The run's id.")
 @click.option(
@@ -280,7 +244,7 @@ def _run_options(
 @click.option(
     "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, help="Of the files."
 )
-@_run_options(peers_required=True, timeout_s=30.0)
+@run_options(peers_required=True, timeout_s=30.0)
 def export(run_id: bytes, out: Path, epoch: int | None, precision: str, log_level: str, **flags: Any) -> None:
     """Write the weights of a run, as its members have saved them: a Hugging Face checkpoint, or adapters as PEFT has them."""
     configure_logging(log_level)
@@ -294,86 +258,7 @@ def export(run_id: bytes, out: Path, epoch: int | None, precision: str, log_leve
     click.echo(f"{out}: epoch {exported.place.epoch}{loss}, {exported.num_parameters:,} parameters in {precision}")
 
 
-@cli.group()
-def run() -> None:
-    """Training runs: make one, publish its rules, look at them."""
-
-
-@run.command("create")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@_run_options(peers_required=True)
-@click.option(
-    "--identity",
-    type=click.Path(path_type=Path),
-    help="File with the key that signs the run; made if missing.  [default: owner.identity in the cache folder]",
-)
-@click.option(
-    "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that help to tokenise."
-)
-def run_create(
-    file: Path,
-    initial_peers: tuple[str, ...],
-    timeout_s: float,
-    cache_dir: Path | None,
-    log_level: str,
-    identity: Path | None,
-    workers: int,
-) -> None:
-    """Make a run of the rules in FILE (a run.toml): sign them for ever, keep them here and publish them.
-
-    Prints the run id. Everybody who takes part publishes the rules again.
-    """
-    configure_logging(log_level)
-    from swarm.run_creation import create_run
-
-    store = create_run(file, identity_path=identity, cache_dir=cache_dir, num_workers=workers)
-    # First of all, so that it is not lost if the swarm cannot be reached.
-    click.echo(store.run_id.hex())
-    from swarm.client.runs import next_commands, publish_run
-
-    publish_run(store, initial_peers, timeout_s)
-    click.echo(next_commands(store, initial_peers[0]), err=True)
-
-
-@run.command("publish")
-@click.argument("run_id", type=RunIdType())
-@_run_options(peers_required=True)
-def run_publish(
-    run_id: bytes, initial_peers: tuple[str, ...], timeout_s: float, cache_dir: Path | None, log_level: str
-) -> None:
-    """Publish the rules of a run that is kept here again, for five minutes: those who take part do so by themselves."""
-    configure_logging(log_level)
-    from swarm.client.runs import next_commands, publish_run
-    from swarm.run_store import RunStore
-
-    store = RunStore.open(run_id, cache_dir)
-    publish_run(store, initial_peers, timeout_s)
-    click.echo(next_commands(store, initial_peers[0]), err=True)
-
-
-@run.command("show")
-@click.argument("run_id", type=RunIdType())
-@_run_options(peers_required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def run_show(
-    run_id: bytes,
-    initial_peers: tuple[str, ...],
-    timeout_s: float,
-    cache_dir: Path | None,
-    log_level: str,
-    as_json: bool,
-) -> None:
-    """The rules of a run, from this machine or from the swarm; they are kept."""
-    configure_logging(log_level)
-    from swarm.run_store import RunStore
-    from swarm.run_text import run_as_json, run_as_text
-
-    store = RunStore.find(run_id, cache_dir)
-    if store is None:
-        from swarm.client.runs import fetch_run
-
-        store = fetch_run(run_id, initial_peers, timeout_s, cache_dir)
-    click.echo(json.dumps(run_as_json(store)) if as_json else run_as_text(store))
+cli.add_command(run)
 
 
 @cli.group()

@@ -18,7 +18,7 @@ from swarm.tensors import Buffer, WireFormat, decode_tensors, encode_tensor
 
 NODE_PROTOCOL = "shardswarm/node"  # libp2p protocol id of the streams that nodes serve; versions meet inside
 PROTOCOL_MAJOR = 1
-PROTOCOL_MINOR = 2
+PROTOCOL_MINOR = 3
 SOFTWARE = "shardswarm 0.1.0"
 MAX_HEADER_BYTES = 64 * 1024
 MAX_TENSORS = 8

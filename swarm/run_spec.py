@@ -347,7 +347,7 @@ class RunSpec:
     @property
     def num_eval_samples(self) -> int:
         """Samples of an evaluation: all of the held-out data."""
-        return self.held_out.num_samples if self.held_out is not None and self.eval_every else 0
+        return self.held_out.num_samples if self.held_out is not None else 0
 
     def missing_parts(self) -> list[str]:
         """What must still be filled in before the rules can be signed: others could not check what they load."""

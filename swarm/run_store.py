@@ -4,6 +4,7 @@
     ROOT/runs/RUN_ID/manifest.json          of the training data
     ROOT/runs/RUN_ID/held_out_manifest.json
     ROOT/runs/RUN_ID/tokenizer/             its files, under their names
+    ROOT/runs/RUN_ID/orders.bin             the newest signed orders of its owner, if there are any
 
 ROOT is the cache (swarm/cache.py). Files are written beside their place and moved there, and checked whenever they are read.
 Whoever takes part gets the rules from the DHT and the files from other peers: `missing` says which, `put` keeps them.
@@ -24,6 +25,7 @@ from swarm.run_spec import RunSpec, open_spec
 from swarm.tokenizer_files import load_tokenizer
 
 SPEC_FILE = "spec.bin"
+ORDERS_FILE = "orders.bin"
 MANIFEST_FILE = "manifest.json"
 HELD_OUT_MANIFEST_FILE = "held_out_manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -122,6 +124,19 @@ class RunStore:
     def tokenizer(self) -> Any:
         """The run's transformers tokenizer. Raises UserError."""
         return load_tokenizer(self.tokenizer_folder())
+
+    def read_orders(self) -> bytes:
+        """The owner's signed orders, unchecked; b"" if there are none. Raises UserError."""
+        try:
+            return (self.folder / ORDERS_FILE).read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise disk_error(self.folder, error) from error
+
+    def keep_orders(self, raw: bytes) -> None:
+        """In the place of those that were kept. Raises UserError."""
+        self._write(ORDERS_FILE, raw)
 
     def _read(self, name: str, digest: bytes) -> bytes | None:
         try:

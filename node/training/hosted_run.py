@@ -110,7 +110,7 @@ class HostedRun:
     async def _serve_saved(self) -> None:
         """The newest checkpoint on this disk, so that sessions need not wait for the next one."""
         checkpoints, parameters = self._checkpoints, self.stage.parameters
-        place = next((place for place in checkpoints.places if checkpoints.is_checkpoint(place)), None)
+        place = checkpoints.newest_checkpoint()
         if place is None or not self._parts.config.serves_sessions:
             return
         if self._resumed is not None and self._resumed.place == place:

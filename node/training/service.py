@@ -153,9 +153,12 @@ class StageService:
         opened = node_pb2.StageOpened(version=own_version(), max_tokens=self._limits.max_tokens)
         return encode_message(node_pb2.Reply(stage_opened=opened))
 
+    def _place(self, epoch: int, lineage: bytes) -> Place:
+        return Place(epoch, lineage, self._membership.place.era)
+
     async def _forward(self, peer: str, message: node_pb2.Request, tensors: list[Tensor]) -> list[Buffer]:
         request = message.stage_forward
-        place = Place(request.epoch, request.lineage)
+        place = self._place(request.epoch, request.lineage)
         self._check_place(place)
         hidden, samples = self._checked_input(request, tensors)
 
@@ -178,7 +181,7 @@ class StageService:
     async def _backward(self, peer: str, message: node_pb2.Request, tensors: list[Tensor]) -> list[Buffer]:
         request = message.stage_backward
         tag = AddTag(
-            Place(request.epoch, request.lineage),
+            self._place(request.epoch, request.lineage),
             Term(request.term_number, request.term_peer),
             request.ledger_id,
             request.unit,

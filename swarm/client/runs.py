@@ -11,6 +11,7 @@ from swarm.client.config import ClientConfig
 from swarm.client.connect import open_directory
 from swarm.errors import RouteBroken, UserError
 from swarm.p2p.directory import Directory
+from swarm.p2p.host import Host
 from swarm.records import MAX_LIFETIME_S
 from swarm.run_store import RunStore
 from swarm.training.find_run import find_run
@@ -21,11 +22,11 @@ Answer = TypeVar("Answer")
 def publish_run(store: RunStore, initial_peers: Sequence[str], timeout_s: float) -> None:
     """Put the rules of a run into the DHT, for five minutes. Raises JoinFailed, or another UserError, in time."""
 
-    async def publish(directory: Directory) -> bool:
+    async def publish(_: Host, directory: Directory) -> bool:
         return await directory.publish_run(store.raw, lifetime_s=MAX_LIFETIME_S)
 
     try:
-        taken = in_directory(initial_peers, timeout_s, publish)
+        taken = in_swarm(initial_peers, timeout_s, publish)
     except UserError as error:
         raise UserError(f"run {store.run_id.hex()} is kept here but was not published: {error}") from error
     if not taken:
@@ -40,22 +41,22 @@ def fetch_run(run_id: bytes, initial_peers: Sequence[str], timeout_s: float, cac
         raise UserError(
             f"run {run_id.hex()} is not kept on this machine: give --initial-peers to look for it in the swarm"
         )
-    return in_directory(
-        initial_peers, timeout_s, lambda directory: find_run(directory, run_id, cache_dir, patience_s=0.0)
+    return in_swarm(
+        initial_peers, timeout_s, lambda _, directory: find_run(directory, run_id, cache_dir, patience_s=0.0)
     )
 
 
-def in_directory(
-    initial_peers: Sequence[str], timeout_s: float, ask: Callable[[Directory], Awaitable[Answer]]
+def in_swarm(
+    initial_peers: Sequence[str], timeout_s: float, ask: Callable[[Host, Directory], Awaitable[Answer]]
 ) -> Answer:
-    """What `ask` finds in the DHT, joined as a client. Raises JoinFailed, RouteBroken if it takes too long, or as `ask`."""
+    """What `ask` finds in the swarm, joined as a client. Raises JoinFailed, RouteBroken if it takes too long, or as `ask`."""
     config = ClientConfig(model="any", initial_peers=tuple(initial_peers), join_timeout_s=timeout_s)
 
     async def run() -> Answer:
-        async with open_directory(config) as (_, directory):
+        async with open_directory(config) as (host, directory):
             try:
                 async with asyncio.timeout(timeout_s):
-                    return await ask(directory)
+                    return await ask(host, directory)
             except TimeoutError:
                 raise RouteBroken(
                     f"the directory did not answer within {timeout_s:.0f} s; try another initial peer"

@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
-from swarm.client.runs import in_directory
+from swarm.client.runs import in_swarm
 from swarm.p2p.directory import Directory
+from swarm.p2p.host import Host
 from swarm.records import ShardRecord, ShardState
 from swarm.routing import missing_spans
 from swarm.span import Span
@@ -16,10 +17,10 @@ from swarm.span import Span
 def fetch_records(initial_peers: Sequence[str], model: str | None, timeout_s: float) -> list[ShardRecord]:
     """Records of the whole swarm, or of the nodes that serve a model of this name. Raises JoinFailed or RouteBroken in time."""
 
-    async def fetch(directory: Directory) -> list[ShardRecord]:
+    async def fetch(_: Host, directory: Directory) -> list[ShardRecord]:
         return await (directory.find_name(model) if model else directory.find_all())
 
-    return in_directory(initial_peers, timeout_s, fetch)
+    return in_swarm(initial_peers, timeout_s, fetch)
 
 
 def _by_model(records: Iterable[ShardRecord]) -> dict[tuple[str, bytes], list[ShardRecord]]:

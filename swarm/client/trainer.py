@@ -38,7 +38,7 @@ from swarm.training.data import Batch, OwnSource, SampleSource
 from swarm.training.find_run import find_run
 from swarm.training.initial import open_initial_weights
 from swarm.training.manifest import Manifest
-from swarm.training.membership import Membership, samples_of
+from swarm.training.membership import Membership
 from swarm.training.run_host import RunHost, run_host
 from swarm.training.tokenizer_pool import TokenizerPool
 
@@ -105,7 +105,9 @@ class Trainer:
         if earlier is not None:
             earlier.cancel()
         self._kept.pop(order.unit, None)
-        self._units[order.unit] = asyncio.create_task(self._run_unit(order, place))
+        is_eval = self.membership.member.rules.num_units <= order.unit < EARLY
+        samples = self.membership.samples_of(order.unit)
+        self._units[order.unit] = asyncio.create_task(self._run_unit(order, place, samples, is_eval=is_eval))
 
     def stop_running(self, is_epoch_over: bool) -> None:
         for task in self._units.values():
@@ -118,15 +120,15 @@ class Trainer:
         return self._kept.pop(unit, None)
 
     def stepped(self, commit: Commit) -> None:
-        if commit.epoch + 1 >= self.spec.num_epochs:
+        if commit.epoch + 1 >= self.membership.course.spec_after(commit).num_epochs:
             self.done.set()
 
     # Microbatches.
 
-    async def _run_unit(self, order: m.Run, place: Place) -> None:
+    async def _run_unit(self, order: m.Run, place: Place, samples: range, *, is_eval: bool) -> None:
         culprit, reason = "", ""
         try:
-            result = await self._through_all(order, place)
+            result = await self._through_all(order, place, samples, is_eval=is_eval)
         except Outdated as error:
             reason = str(error)
         except _Failed as failed:
@@ -146,10 +148,8 @@ class Trainer:
         await asyncio.sleep(0.02)
         self.membership.feed(m.DidNotRun(order.unit, order.serial, culprit, reason[:200]))
 
-    async def _through_all(self, order: m.Run, place: Place) -> UnitResult:
+    async def _through_all(self, order: m.Run, place: Place, samples: range, *, is_eval: bool) -> UnitResult:
         """Forward through all stages, the loss, and backward. The gradient of the ends is kept until its AddEnds."""
-        samples = samples_of(self.spec, place.epoch, order.unit)
-        is_eval = self.membership.member.rules.num_units <= order.unit < EARLY
         source = self._sources.held_out if is_eval else self._sources.training
         assert source is not None
         batch = await asyncio.to_thread(source.batch, samples.start, len(samples))
@@ -240,7 +240,7 @@ def open_sources(store: RunStore, config: TrainerConfig, pool: TokenizerPool | N
     spec = store.spec
     tokenizer = store.tokenizer()
     held_out = None
-    if spec.held_out is not None and spec.eval_every:
+    if spec.held_out is not None:
         folder = _data_folder(spec.held_out, config.held_out, "--held-out")
         manifest = Manifest.from_bytes(store.held_out_manifest(), spec.held_out.manifest_digest)
         held_out = SampleSource(spec.held_out, manifest, folder, tokenizer, spec.sequence_length, spec.seed, pool=pool)
@@ -307,6 +307,6 @@ async def _linger(trainer: Trainer) -> None:
     deadline = time.monotonic() + trainer.config.linger_s
     while time.monotonic() < deadline:
         records = await trainer.membership.directory.find_members(trainer.store.run_id, range(trainer.spec.num_stages))
-        if all(record.epoch >= trainer.spec.num_epochs for record in records):
+        if all(record.epoch >= trainer.membership.place.epoch for record in records):
             return
         await asyncio.sleep(0.5)

@@ -36,6 +36,8 @@ class EpochReport:
     validation_loss: float | None
     norm: float
     lr: float
+    num_epochs: int
+    """Of the run, as its owner has it."""
     num_loss_tokens: int
     seconds: float
     tokens_per_s: float
@@ -61,7 +63,9 @@ class Reporter:
     def report(self, commit: Commit) -> EpochReport:
         now = time.monotonic()
         seconds, self._last = now - self._last, now
-        spec = self._trainer.spec
+        course = self._trainer.membership.course
+        orders = course.orders_of(commit)
+        spec = orders.spec_at(course.spec, commit.epoch)
         counts = Counter(stage for _, stage in commit.members)
         report = EpochReport(
             epoch=commit.epoch,
@@ -72,6 +76,7 @@ class Reporter:
             num_loss_tokens=commit.num_loss_tokens,
             seconds=round(seconds, 3),
             tokens_per_s=round(commit.num_loss_tokens / max(seconds, 1e-6), 1),
+            num_epochs=orders.planned_end(course.spec),
             replicas=tuple(counts[stage] for stage in range(spec.num_stages)),
             bytes_averaged=self._trainer.membership.counters.bytes_averaged,
             is_skipped=commit.is_skipped,
@@ -179,7 +184,7 @@ def _live_view(trainer: Trainer, reporter: Reporter) -> Iterator[Any]:
     if not console.is_terminal:
 
         def line(report: EpochReport) -> None:
-            console.print(" ".join(_cells(report, spec.num_epochs)))
+            console.print(" ".join(_cells(report)))
 
         yield line
         return
@@ -189,7 +194,7 @@ def _live_view(trainer: Trainer, reporter: Reporter) -> Iterator[Any]:
         for title in ("epoch", "loss", "validation", "tokens/s", "replicas by stage + trainers", "averaged"):
             grid.add_column(title, justify="right")
         for report in list(reporter.reports)[-12:]:
-            grid.add_row(*_cells(report, spec.num_epochs))
+            grid.add_row(*_cells(report))
         if not reporter.reports:
             grid.caption = "waiting for the first epoch to complete"
         return grid
@@ -198,10 +203,10 @@ def _live_view(trainer: Trainer, reporter: Reporter) -> Iterator[Any]:
         yield lambda report: live.update(table(), refresh=True)
 
 
-def _cells(report: EpochReport, num_epochs: int) -> list[str]:
+def _cells(report: EpochReport) -> list[str]:
     *stages, trainers = report.replicas
     return [
-        f"{report.epoch + 1}/{num_epochs}",
+        f"{report.epoch + 1}/{report.num_epochs}",
         "skipped" if report.is_skipped else f"{report.loss:.4f}",
         "-" if report.validation_loss is None else f"{report.validation_loss:.4f}",
         f"{report.tokens_per_s:,.0f}",

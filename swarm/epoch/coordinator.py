@@ -18,6 +18,7 @@ from swarm.epoch.messages import (
     Commit,
     Committed,
     Confirm,
+    Course,
     Done,
     Excluded,
     Failed,
@@ -32,7 +33,6 @@ from swarm.epoch.messages import (
     Rate,
     Report,
     RoundFailed,
-    Rules,
     Term,
     UnitResult,
     Void,
@@ -103,16 +103,18 @@ class Coordinator:
         me: str,
         place: Place,
         term: Term,
-        rules: Rules,
+        course: Course,
+        orders: bytes,
         known: Mapping[str, int],
         share_out: Callable[[Sequence[float | None]], Sequence[int]] = equal_shares,
     ) -> None:
-        """known: peer and stage of everybody who took part in the last step and is not known to be gone.
+        """orders: in force at the place. known: peer and stage of everybody who took part in the last step and is not known to be gone.
 
         share_out: what part of a vector each replica sums, by their rates in bytes/s (None: not measured, 0: nobody can reach it).
         """
         self._share_out = share_out
-        self.me, self.place, self.term, self.rules = me, place, term, rules
+        self.me, self.place, self.term, self.rules = me, place, term, course.rules_at(place, orders)
+        self._course, self._orders = course, orders
         self.phase = Phase.COLLECTING
         self.attempt = 0
         self.commit: Commit | None = None
@@ -215,6 +217,10 @@ class Coordinator:
         self.excluded[peer] = reason
         self._stage_of_excluded[peer] = self._peers[peer].stage
         return [(peer, Excluded(self.place, self.term, reason)), *self.lose(peer)]
+
+    def reconsider(self) -> list[Letter]:
+        """The owner has said something."""
+        return self._go_on()
 
     def _admit_if_needed(self) -> None:
         """A stage that has nobody else gets its excluded replicas another chance, one a tick."""
@@ -371,6 +377,9 @@ class Coordinator:
         num_trainers = sum(view.capacity > 0 and view.is_ready for view in self._peers.values())
         if any(self.num_peers[stage] < needed for stage in range(self.rules.num_stages)) or num_trainers < needed:
             return []
+        has_begun = bool(self._leases or self._results or self._poisoned or self._counts.held)
+        if self._course.is_paused and not has_begun:
+            return []
         missing = [unit for unit in self.rules.units_of(self.place.epoch) if not self._is_done(unit)]
         if missing:
             return self._lease([unit for unit in missing if unit not in self._leases])
@@ -384,17 +393,17 @@ class Coordinator:
 
     def _lease_early(self) -> list[Letter]:
         """Begin with the next epoch, where the run allows its gradients to be computed before this one's step."""
-        if not self.rules.delay or self.place.epoch + 1 >= self.rules.num_epochs:
+        if self._course.is_paused or self.place.epoch + 1 >= self.rules.num_epochs:
             return []
         if any(stage not in self.num_peers for stage in range(self.rules.num_stages)):
             return []
-        units = range(EARLY, EARLY + self.rules.num_units)
+        units = self.rules.early_units
         return self._lease([unit for unit in units if unit not in self._leases and not self._is_done(unit)])
 
     def _is_training(self, unit: int) -> bool:
         """Whether a unit is one of the epoch's, or an early one of the next, and no held-out data."""
         if unit >= EARLY:
-            return bool(self.rules.delay) and unit < EARLY + self.rules.num_units
+            return unit in self.rules.early_units
         return unit < self.rules.num_units
 
     def _is_done(self, unit: int) -> bool:
@@ -521,6 +530,7 @@ class Coordinator:
             eval_loss_sum=math.fsum(r.loss_sum for r in of_eval),
             num_eval_tokens=sum(r.num_loss_tokens for r in of_eval),
             era=self.place.era,
+            orders=self._course.next_orders(self.place, self._orders),
         )
         self.phase = Phase.COMMITTED
         self._leases.clear()

@@ -21,6 +21,7 @@ from swarm.epoch.messages import (
     Commit,
     Committed,
     Confirm,
+    Course,
     Done,
     Excluded,
     Failed,
@@ -74,6 +75,11 @@ class Found:
 @dataclass(frozen=True, slots=True)
 class Tick:
     """A while has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steered:
+    """The owner has said something: the course has changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +157,7 @@ Event = (
     | Lost
     | Found
     | Tick
+    | Steered
     | Impatient
     | Ran
     | DidNotRun
@@ -264,7 +271,7 @@ class Member:
         self,
         me: str,
         stage: int,
-        rules: Rules,
+        course: Course,
         ledger: Ledger,
         place: Place,
         members: Mapping[str, int],
@@ -277,7 +284,7 @@ class Member:
         term_step: int = 1,
     ) -> None:
         """term_step: terms are so far apart, the rest is chance, so that none is one of an earlier life of ours. commit: the one that led to the place. early: a second ledger, for runs with delay. members: peer and stage of those who are known to take part. capacity: microbatches that a trainer runs at once."""
-        self.me, self.stage, self.rules, self.ledger, self.capacity = me, stage, rules, ledger, capacity
+        self.me, self.stage, self.course, self.ledger, self.capacity = me, stage, course, ledger, capacity
         self.early = early
         self.place = place
         self.known: dict[str, int] = {**members, me: stage}
@@ -285,6 +292,7 @@ class Member:
         self.term = NO_TERM
         self.leader: Coordinator | None = None
         self.last_commit = commit
+        self.rules: Rules = course.rules_at(place, self._orders)
         self.is_downloading = False
         self.is_ready = True
         """Whether the weights are where we are."""
@@ -308,6 +316,11 @@ class Member:
         self._to_self: collections.deque[Message] = collections.deque()
         for one in self._ledgers:
             one.open(place)
+
+    @property
+    def _orders(self) -> bytes:
+        """In force here."""
+        return b"" if self.last_commit is None else self.last_commit.orders
 
     @property
     def _ledgers(self) -> list[Ledger]:
@@ -364,6 +377,9 @@ class Member:
             self._on_message(event.peer, event.message)
         elif isinstance(event, Tick):
             self._on_tick()
+        elif isinstance(event, Steered):
+            if self.leader is not None:
+                self._post(self.leader.reconsider())
         elif isinstance(event, Impatient):
             self._on_impatient()
         elif isinstance(event, Ran):
@@ -388,6 +404,7 @@ class Member:
                 self._forget(attempt)
             self._attempt, self._reported_term = None, NO_TERM
         self.place, self.last_commit = place, commit
+        self.rules = self.course.rules_at(place, self._orders)
         self.known = {**members, self.me: self.stage}
         self.term = NO_TERM
         self._aborted = (NO_TERM, -1)
@@ -425,7 +442,7 @@ class Member:
         term = Term(number * self._term_step + _dice.randrange(self._term_step), self.me)
         present = {peer: stage for peer, stage in self.known.items() if peer not in self.lost}
         self._obey(term)
-        self.leader = Coordinator(self.me, self.place, term, self.rules, present, self._share_out)
+        self.leader = Coordinator(self.me, self.place, term, self.course, self._orders, present, self._share_out)
         if number > 1:
             self._actions.append(Tell(f"leading epoch={self.place.epoch} term={term.number}"))
         self._post(self.leader.start())

@@ -7,7 +7,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 LINEAGE_BYTES = 32
 EARLY = 2**18
@@ -30,8 +30,8 @@ class Place:
 
     epoch: int
     lineage: bytes
-    era: int = field(default=0, compare=False)
-    """How often this history was rolled back; the lineage says all, and this who has to follow."""
+    era: int = 0
+    """How often this history was rolled back. It follows from the lineage, but only who knows the history can tell."""
 
     @property
     def rank(self) -> tuple[int, int, bytes]:
@@ -70,6 +70,10 @@ class Rules:
     """Where the run ends."""
     delay: int = 0
     """1: a gradient is computed with the weights before the last step, so the next epoch may begin while this one is averaged."""
+    num_next_units: int | None = None
+    """Microbatches of the next epoch; None: as many."""
+    eval_epochs: frozenset[int] = frozenset()
+    """That evaluate besides."""
 
     @property
     def ends_stage(self) -> int:
@@ -77,8 +81,45 @@ class Rules:
 
     def units_of(self, epoch: int) -> range:
         """Numbers of the epoch's microbatches; those from num_units on are held-out data."""
-        is_due = self.eval_every > 0 and epoch % self.eval_every == 0
+        is_due = (self.eval_every > 0 and epoch % self.eval_every == 0) or epoch in self.eval_epochs
         return range(self.num_units + (self.num_eval_units if is_due else 0))
+
+    @property
+    def early_units(self) -> range:
+        """Numbers of the next epoch's microbatches, while this one's gradients are averaged."""
+        num_units = self.num_units if self.num_next_units is None else self.num_next_units
+        return range(EARLY, EARLY + (num_units if self.delay else 0))
+
+
+class Course(Protocol):
+    """How the owner steers a run. orders: as in Commit, in force at a place."""
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether no epoch is to begin."""
+        ...
+
+    def rules_at(self, place: Place, orders: bytes) -> Rules:
+        """The same for all members who are there."""
+        ...
+
+    def next_orders(self, place: Place, orders: bytes) -> bytes:
+        """What a Commit that ends this epoch carries: newer ones, if they are known and may follow, or those in force."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FixedCourse:
+    """Of a run whose owner says nothing."""
+
+    rules: Rules
+    is_paused: bool = False
+
+    def rules_at(self, place: Place, orders: bytes) -> Rules:
+        return self.rules
+
+    def next_orders(self, place: Place, orders: bytes) -> bytes:
+        return orders
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +165,8 @@ class Commit:
     num_eval_tokens: int = 0
     era: int = 0
     """As in Place."""
+    orders: bytes = b""
+    """The owner's signed orders that are in force from the next epoch on."""
     signature: bytes = field(default=b"", compare=False)
     """Of the leader, over the lineage."""
 
@@ -145,7 +188,8 @@ class Commit:
             self.is_skipped,
         )
         members = [f"{peer}={stage}".encode() for peer, stage in self.members]
-        for part in (self.parent, self.term.peer.encode(), fixed, *self.digests, b"", *members):
+        orders = (b"", self.orders) if self.orders else ()
+        for part in (self.parent, self.term.peer.encode(), fixed, *self.digests, b"", *members, *orders):
             hasher.update(len(part).to_bytes(4, "big") + part)
         return hasher.digest()
 
@@ -350,6 +394,13 @@ class Excluded:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """To everybody: what the owner of the run has said, signed. Not for the machine (Course)."""
+
+    orders: bytes
+
+
 Message = (
     Lead
     | Hello
@@ -368,6 +419,8 @@ Message = (
     | Committed
     | Excluded
 )
+Mail = Message | Ordered
+"""What travels between members."""
 
 
 def equal_shares(rates: Sequence[float | None]) -> list[int]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from swarm.epoch.messages import Commit, Place, Term
 from swarm.errors import BadRequest, UserError
+from swarm.run_orders import open_orders
 from swarm.run_store import RunStore
 from swarm.training.journal import Journal, KeptSum
 from swarm.training.outcome import apply_commit
@@ -78,7 +79,7 @@ class Checkpoints:
         _sweep_queues(store.folder)
         self._journal_end: Place | None = None
         """Up to which a restart comes by the journal."""
-        self._spec, self._run_id = store.spec, store.run_id
+        self._store, self._run_id = store, store.run_id
         self._snapshots = asyncio.Lock()
         self._last_snapshot_s = -math.inf
         self.on_saved: list[Callable[[Place, Tensor, bool], None]] = []
@@ -172,7 +173,7 @@ class Checkpoints:
     def _replay(self, journal: Journal, place: Place, parameters: StageParameters) -> tuple[Place, Commit | None]:
         last: Commit | None = None
         for commit, kept in journal.steps_after(place):
-            apply_commit(parameters, self._spec, commit, None if kept is None else kept.vector)
+            apply_commit(parameters, self._store, commit, None if kept is None else kept.vector)
             place, last = commit.after, commit
         return place, last
 
@@ -195,13 +196,20 @@ class Checkpoints:
             await self.save(*await state_here())
             return next((place for place in self.places if not place.is_behind(at_least)), None)
 
-    def is_due(self, place: Place) -> bool:
-        """Whether the state there is to be saved."""
-        return place.epoch > 0 and (self.is_checkpoint(place) or len(self._journal) >= _MAX_JOURNAL)
+    def is_due(self, commit: Commit) -> bool:
+        """Whether the state after a commit is to be saved."""
+        return self.is_checkpoint(commit) or len(self._journal) >= _MAX_JOURNAL
 
-    def is_checkpoint(self, place: Place) -> bool:
-        """Whether all stages and the ends save the state there."""
-        return place.epoch % self._spec.checkpoint_every == 0 or place.epoch >= self._spec.num_epochs
+    def is_checkpoint(self, commit: Commit) -> bool:
+        """Whether all stages and the ends save the state after a commit."""
+        spec, epoch = self._store.spec, commit.after.epoch
+        orders = open_orders(commit.orders, self._run_id, self._store.owner)
+        return epoch % spec.checkpoint_every == 0 or epoch >= orders.num_epochs(spec, epoch)
+
+    def newest_checkpoint(self) -> Place | None:
+        """Of those on this disk that all stages save."""
+        found = self.states.found()
+        return next((one.place for one in found if one.commit is not None and self.is_checkpoint(one.commit)), None)
 
     def begin(self, place: Place, commit: Commit | None, state: StageState) -> None:
         """Save in the background; the state is ours from now on. With the last one still under way this one is left out."""
@@ -225,13 +233,13 @@ class Checkpoints:
             return
         log.info("state saved epoch=%d", place.epoch)
         for callback in self.on_saved:
-            callback(place, state.values, self.is_checkpoint(place))
+            callback(place, state.values, commit is not None and self.is_checkpoint(commit))
 
     async def prune(self, seen: Mapping[int, Collection[Place]]) -> None:
         """seen: what the others have on their disks."""
         own = self.places
         everywhere = {**seen, self._stage: {*seen.get(self._stage, ()), *own}}
-        keep = states_to_keep(own, everywhere, self._spec.num_stages)
+        keep = states_to_keep(own, everywhere, self._store.spec.num_stages)
         if set(own) - keep and (self._saving is None or self._saving.done()):
             await asyncio.to_thread(self.states.prune, keep)
             await asyncio.to_thread(self._look)

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from protos import training_pb2
-from swarm.epoch.messages import Message
+from swarm.epoch.messages import Mail
 from swarm.errors import BadReply, PeerFailed
 from swarm.p2p.framing import FramedStream
 from swarm.training.member_config import RUN_PROTOCOL, LinkConfig
@@ -50,7 +50,7 @@ class Links:
         run_id: bytes,
         stage: int,
         *,
-        on_message: Callable[[str, Message], None],
+        on_message: Callable[[str, Mail], None],
         on_found: Callable[[str], None],
         on_lost: Callable[[str], None],
         on_request: RequestHandler,
@@ -99,7 +99,7 @@ class Links:
         if not self.is_up(name):
             link.filled.set()
 
-    def send(self, name: str, message: Message) -> None:
+    def send(self, name: str, message: Mail) -> None:
         """Put a letter in the outbox. It is lost if the peer is."""
         if self._is_here(name):
             self._run_host.pass_on(self._run_id, self._stage, stage_of(name), message)
@@ -138,7 +138,7 @@ class Links:
         self._on_found(link.name)
         await self._watch(link, stream)
 
-    def hear(self, name: str, message: Message) -> None:
+    def hear(self, name: str, message: Mail) -> None:
         self._on_message(name, message)
 
     def on_found(self, name: str) -> None:
@@ -217,7 +217,9 @@ class Links:
                     continue
                 if raw is None:
                     break
-                self._on_message(link.name, from_wire(decode(raw)))
+                message = decode(raw)
+                if message.WhichOneof("kind") is not None:  # else of a newer minor version, which only adds
+                    self._on_message(link.name, from_wire(message))
         except PeerFailed as error:
             reason = str(error)
         await self._drop(link, stream, reason)

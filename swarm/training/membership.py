@@ -23,7 +23,7 @@ from protos import training_pb2
 from swarm.ending import cancelled
 from swarm.epoch import member as m
 from swarm.epoch.ledger import Ledger
-from swarm.epoch.messages import EARLY, Commit, Hello, Message, Place, Rate, Rules, Term
+from swarm.epoch.messages import Commit, Hello, Mail, Message, Ordered, Place, Rate, Term
 from swarm.errors import BadReply, BadRequest, PeerFailed, UserError
 from swarm.exchange import ExchangeFailed, ExchangeMember
 from swarm.member_record import MAX_SAVED, MemberRecord
@@ -36,6 +36,7 @@ from swarm.run_store import RunStore
 from swarm.training.artifacts import send_artifact
 from swarm.training.catch_up import ask_place, fetch_snapshot, send_place
 from swarm.training.checkpoints import Checkpoints, Resumed, Saving
+from swarm.training.course import RunCourse
 from swarm.training.links import Links
 from swarm.training.member_config import MembershipConfig
 from swarm.training.member_name import member_name, peer_of, stage_of
@@ -45,6 +46,7 @@ from swarm.training.requests import Donor
 from swarm.training.rollback import Watch, saved_by_stage
 from swarm.training.run_host import RunHost
 from swarm.training.saved_transfer import send_saved
+from swarm.training.standing import Standing, send_standing
 from swarm.training.wire import is_signed, place_from_wire, sign_commit
 
 log = logging.getLogger(__name__)
@@ -100,31 +102,6 @@ class Counters:
     """Sent in exchanges."""
 
 
-def rules_of(spec: RunSpec, num_eval_units: int = 0) -> Rules:
-    """What the state machine needs of a spec. num_eval_units: the same for all members."""
-    return Rules(
-        num_stages=spec.num_stages,
-        num_units=-(-spec.target_batch // spec.microbatch),
-        num_eval_units=num_eval_units,
-        eval_every=spec.eval_every,
-        min_replicas=spec.min_replicas,
-        num_epochs=spec.num_epochs,
-        delay=spec.delay,
-    )
-
-
-def samples_of(spec: RunSpec, epoch: int, unit: int) -> range:
-    """Sample indices of a microbatch: of the epoch's, of the next one's, or of the held-out data from 0 on."""
-    if unit >= EARLY:
-        epoch, unit = epoch + 1, unit - EARLY
-    num_units = -(-spec.target_batch // spec.microbatch)
-    if unit >= num_units:
-        first = (unit - num_units) * spec.microbatch
-        return range(first, min(first + spec.microbatch, spec.num_eval_samples))
-    start = epoch * spec.target_batch + unit * spec.microbatch
-    return range(start, min(start + spec.microbatch, (epoch + 1) * spec.target_batch))
-
-
 class Membership:
     """This process as a member of a run, with a replica of one stage."""
 
@@ -148,6 +125,7 @@ class Membership:
         self.host, self.directory = run_host.host, run_host.directory
         self.name = member_name(run_host.peer_id, stage)
         self.spec, self.run_id, self._store = store.spec, store.run_id, store
+        self.course = RunCourse(store)
         spec, run_id = self.spec, self.run_id
         self.parameters, self.work = parameters, work
         self.config = config or MembershipConfig()
@@ -164,8 +142,7 @@ class Membership:
         self.weights_at: tuple[Place, Commit | None] = (start, self.last_commit)
         """Which step the weights are at; changed on the device thread, together with them."""
         self.member = m.Member(
-            self.name, stage, rules_of(spec, spec.num_eval_samples and -(-spec.num_eval_samples // spec.microbatch)),
-            ledger, start, {}, commit=self.last_commit, early=early, capacity=capacity, is_reachable=is_reachable, share_out=share_out,
+            self.name, stage, self.course, ledger, start, {}, commit=self.last_commit, early=early, capacity=capacity, is_reachable=is_reachable, share_out=share_out,
             term_step=TERM_STEP,
         )  # fmt: skip
         self.on_commit: list[Callable[[Commit], None]] = []
@@ -181,10 +158,13 @@ class Membership:
         self._download: asyncio.Task[None] | None = None
         self._on_done: Callable[[asyncio.Task[None]], None] = lambda task: None
         self._state = ShardState.JOINING
-        self._was_at_work, self._has_news = False, asyncio.Event()
+        self._was_at_work, self._has_news, self._search_now = False, asyncio.Event(), asyncio.Event()
+        self._stepped_at_s = time.monotonic()
+        self._last_eval: Commit | None = None
         self._addresses: tuple[str, ...] = ()
         self._leaderless_ticks = 0
         self._lost_at: dict[str, float] = {}
+        self._foreign_majors: set[int] = set()
         self._links = Links(
             run_host,
             run_id,
@@ -233,7 +213,16 @@ class Membership:
     @property
     def is_over(self) -> bool:
         """Whether the run has come to its end, as far as this member knows."""
-        return self.place.epoch >= self.spec.num_epochs
+        return self.place.epoch >= self.spec_here.num_epochs
+
+    @property
+    def spec_here(self) -> RunSpec:
+        """The rules of this epoch, as the owner has amended them."""
+        return self.course.orders_of(self.member.last_commit).spec_at(self.spec, self.place.epoch)
+
+    def samples_of(self, unit: int) -> range:
+        """Sample indices of a microbatch of this epoch."""
+        return self.course.samples_of(self.place.epoch, unit, self.member.last_commit)
 
     def addresses_of(self, peer_id: str) -> tuple[str, ...]:
         return self._links.addresses_of(peer_id)
@@ -335,7 +324,10 @@ class Membership:
         """Look for members that we have no link to."""
         pause_s = 0.3
         while True:
+            self._search_now.clear()
+            await self._roll_back()
             records = await self.directory.find_members(self.run_id, range(self.spec.num_stages))
+            self._warn_of_versions(records)
             await self._prune(records)
             await self._look_back(records)
             for record in records:
@@ -348,8 +340,19 @@ class Membership:
                     del self._lost_at[peer]
                 elif self._links.addresses_of(peer):
                     self._links.probe(peer)
-            await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s * random.uniform(0.8, 1.2)):
+                    await self._search_now.wait()
             pause_s = min(1.5 * pause_s, self.config.search_every_s)
+
+    def _warn_of_versions(self, records: Sequence[MemberRecord]) -> None:
+        majors = {record.protocol_major for record in records if record.state != ShardState.LEAVING} - {PROTOCOL_MAJOR}
+        if majors - self._foreign_majors:
+            log.warning(
+                "other members of the run speak protocol %s, this software speaks %d: they and we do not train together "
+                "until the older side is upgraded", ", ".join(map(str, sorted(majors))), PROTOCOL_MAJOR,
+            )  # fmt: skip
+        self._foreign_majors = majors
 
     async def _prune(self, records: Sequence[MemberRecord]) -> None:
         if self.checkpoints is None:
@@ -358,6 +361,12 @@ class Membership:
             await self.checkpoints.prune(saved_by_stage(records))
         except UserError as error:
             log.warning("saved states cannot be looked at: %s", error)
+
+    async def _roll_back(self) -> None:
+        """Go back to a checkpoint if the owner says so; who lacks it follows the others."""
+        goal = self.course.newest.rollback
+        if goal is not None and self.place.is_behind(goal) and await self._install_saved(goal):
+            log.warning("the run goes back to epoch=%d: its owner says so", goal.epoch)
 
     async def _look_back(self, records: Sequence[MemberRecord]) -> None:
         """Go back to a checkpoint if the run cannot go on."""
@@ -416,15 +425,32 @@ class Membership:
             return sign_commit(message, self.run_id, self.host.identity)
         return message
 
-    def _on_message(self, peer: str, message: Message) -> None:
-        if isinstance(message, Commit) and not is_signed(message, self.run_id):
-            raise BadReply(f"peer {peer[-8:]} sent a commit that its leader did not sign")
+    def _on_message(self, peer: str, message: Mail) -> None:
+        if isinstance(message, Ordered):
+            self.hear_orders(message.orders)
+            return
+        if isinstance(message, Commit):
+            if not is_signed(message, self.run_id):
+                raise BadReply(f"peer {peer[-8:]} sent a commit that its leader did not sign")
+            self.course.check(message)
         if isinstance(message, Hello) and message.stage != stage_of(peer):
             raise BadReply(f"member {peer[-10:]} says that it is of stage {message.stage}")
         self.feed(m.Received(peer, message))
 
+    def hear_orders(self, raw: bytes) -> None:
+        """What the owner says. BadReply if it was not the owner."""
+        if not self.course.hear(raw):
+            return
+        log.info("the owner has given orders serial=%d paused=%s", self.course.newest.serial, self.course.is_paused)
+        for peer in self.member.known.keys() - self.member.lost - {self.name}:
+            self._links.send(peer, Ordered(raw))
+        self._search_now.set()
+        self.feed(m.Steered())
+
     def _on_found(self, peer: str) -> None:
         self._lost_at.pop(peer, None)
+        if self.course.newest_raw:
+            self._links.send(peer, Ordered(self.course.newest_raw))
         self.feed(m.Found(peer, stage_of(peer)))
 
     def _on_lost(self, peer: str) -> None:
@@ -501,7 +527,7 @@ class Membership:
             return
 
         def compute() -> None:
-            apply_commit(self.parameters, self.spec, commit, None if held is None else held.vector)
+            apply_commit(self.parameters, self._store, commit, None if held is None else held.vector)
             self.weights_at = commit.after, commit
 
         await self.work.on_device(compute)
@@ -509,14 +535,16 @@ class Membership:
             self._residual = held.residual
         if self.checkpoints is not None:
             await self.checkpoints.keep_commit(self._sign_kept(commit))
-            if self.checkpoints.is_due(commit.after):
+            if self.checkpoints.is_due(commit):
                 self.checkpoints.begin(*await self._saving())
         self.counters.num_steps += not commit.is_skipped
         self.counters.num_skipped += commit.is_skipped
         self._tell(commit)
 
     def _tell(self, commit: Commit) -> None:
-        self.last_commit = commit
+        self.last_commit, self._stepped_at_s = commit, time.monotonic()
+        if commit.num_eval_tokens:
+            self._last_eval = commit
         self.work.stepped(commit)
         loss = math.nan if commit.loss is None else commit.loss
         log.info(
@@ -550,6 +578,7 @@ class Membership:
                 async with asyncio.timeout(_ASK_TIMEOUT_S):
                     donor = self._donor(name)
                     place, commit = await ask_place(self.host, donor, self.run_id, self.stage, order.place)
+                self.course.check(commit)
             except (PeerFailed, TimeoutError) as error:
                 log.info("no state from member=%s reason=%s", name[-10:], error)
                 continue
@@ -640,6 +669,11 @@ class Membership:
         if request.WhichOneof("kind") == "get_artifact":
             await send_artifact(stream, self._store, request.get_artifact.digest)
             return
+        if request.WhichOneof("kind") == "put_orders":
+            if request.put_orders.orders:
+                self.hear_orders(request.put_orders.orders)
+            await send_standing(stream, self._standing())
+            return
         if request.WhichOneof("kind") == "get_saved" and self.checkpoints is not None:
             await send_saved(stream, self.checkpoints.states, request.get_saved)
             return
@@ -655,6 +689,16 @@ class Membership:
                 await send_place(stream, found, None)
             return
         await stream.fail("this member has no such thing, or not yet")
+
+    def _standing(self) -> Standing:
+        commit, tested = self.member.last_commit, self._last_eval
+        return Standing(
+            self.place,
+            None if commit is None else self._sign_kept(commit),
+            self.course.newest_raw,
+            None if tested is None else (tested.epoch, tested.eval_loss_sum / tested.num_eval_tokens),
+            time.monotonic() - self._stepped_at_s,
+        )
 
     async def _saving(self) -> Saving:
         """The state as it is, copied."""

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 from protos import training_pb2
-from swarm.epoch.messages import Message
+from swarm.epoch.messages import Mail
 from swarm.errors import BadReply, PeerFailed
 from swarm.messages import own_version, versions_meet
 from swarm.p2p.averaging import Averager
@@ -33,7 +33,7 @@ class Door(Protocol):
         """A stream whose other side has introduced itself as a member, or as somebody with a request."""
         ...
 
-    def hear(self, name: str, message: Message) -> None:
+    def hear(self, name: str, message: Mail) -> None:
         """A letter from a member of this same process: a peer cannot dial itself."""
         ...
 
@@ -67,7 +67,7 @@ class RunHost:
             for _, other in self._doors_of(run_id):
                 other.on_lost(member_name(self.peer_id, stage))
 
-    def pass_on(self, run_id: bytes, stage: int, to_stage: int, message: Message) -> None:
+    def pass_on(self, run_id: bytes, stage: int, to_stage: int, message: Mail) -> None:
         """Give a letter to another member of this process; it is lost if there is none."""
         door = self._doors.get((run_id, to_stage))
         if door is not None:

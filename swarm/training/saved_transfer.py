@@ -20,7 +20,7 @@ from torch import Tensor
 
 from protos import training_pb2
 from swarm.epoch.messages import Place
-from swarm.errors import BadReply, PeerFailed, UserError
+from swarm.errors import BadReply, BadRequest, PeerFailed, UserError
 from swarm.member_record import MemberRecord
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host
@@ -49,15 +49,20 @@ async def send_saved(stream: FramedStream, states: SavedStates, request: trainin
     """Answer GetSaved, and the requests for pieces that follow."""
     try:
         await _send_pieces(stream, states, place_from_wire(request.place))
+    except BadRequest as error:
+        await stream.fail(str(error))
     except UserError as error:
-        await stream.fail(str(error)[:200])
+        log.warning("saved state not sent peer=%s reason=%s", stream.peer_id[-8:], error)
+        await stream.fail(
+            "that state cannot be read here any more"
+        )  # what the reason says of this disk is nobody else's
 
 
 async def _send_pieces(stream: FramedStream, states: SavedStates, place: Place) -> None:
-    """The head, and then what is asked for. Raises UserError if that is not on this disk, or damaged."""
+    """The head, and then what is asked for. Raises BadRequest if there is no such thing, UserError if it is damaged."""
     saved = next((one for one in await asyncio.to_thread(states.found) if one.place == place), None)
     if saved is None:
-        raise UserError(f"the state of epoch {place.epoch} is not on this disk (any more)")
+        raise BadRequest(f"the state of epoch {place.epoch} is not on this disk (any more)")
     with await asyncio.to_thread(states.open, saved) as opened:
         head = await asyncio.to_thread(opened.read_head)
         answer = training_pb2.MemberMessage(saved=training_pb2.SavedState(head_bytes=len(head)))
@@ -70,7 +75,7 @@ async def _send_pieces(stream: FramedStream, states: SavedStates, place: Place) 
                 return
             wanted = decode(raw).get_pieces
             if not (0 < wanted.count <= MAX_PIECES_PER_REQUEST and wanted.first + wanted.count <= saved.num_pieces):
-                raise UserError("there are no such pieces")
+                raise BadRequest("there are no such pieces")
             for number in range(wanted.first, wanted.first + wanted.count):
                 piece = await asyncio.to_thread(opened.read_piece, number)
                 async with asyncio.timeout(_TIMEOUT_S):

@@ -14,6 +14,7 @@ from protos import training_pb2
 from swarm.epoch import messages
 from swarm.errors import BadReply
 from swarm.identity import Identity, verify_signature
+from swarm.run_orders import MAX_ORDERS_BYTES
 from swarm.training.member_name import peer_of
 
 MAX_MESSAGE_BYTES = 2 * 2**20
@@ -38,11 +39,12 @@ _FIELD_OF: dict[type, str] = {
     messages.Commit: "commit",
     messages.Committed: "committed",
     messages.Excluded: "excluded",
+    messages.Ordered: "ordered",
 }
 _TYPE_OF = {field: kind for kind, field in _FIELD_OF.items()}
 
 
-def to_wire(message: messages.Message) -> training_pb2.MemberMessage:
+def to_wire(message: messages.Mail) -> training_pb2.MemberMessage:
     wire = training_pb2.MemberMessage()
     target = getattr(wire, _FIELD_OF[type(message)])
     target.SetInParent()
@@ -50,13 +52,13 @@ def to_wire(message: messages.Message) -> training_pb2.MemberMessage:
     return wire
 
 
-def from_wire(wire: training_pb2.MemberMessage) -> messages.Message:
+def from_wire(wire: training_pb2.MemberMessage) -> messages.Mail:
     """BadReply for what no honest member says."""
     kind = wire.WhichOneof("kind")
     if kind not in _TYPE_OF:
         raise BadReply(f"a member sent a message of kind {kind} where it makes no sense")
     try:
-        message: messages.Message = _read(_TYPE_OF[kind], getattr(wire, kind))
+        message: messages.Mail = _read(_TYPE_OF[kind], getattr(wire, kind))
     except (ValueError, TypeError) as error:
         raise BadReply(f"a member sent a {kind} that makes no sense: {error}") from error
     return message
@@ -148,7 +150,7 @@ def _value(name: str, hint: Any, raw: Any) -> Any:
             raise ValueError(f"{name} is no short line of text")
         return raw
     if hint is bytes:
-        if len(raw) > 64:
+        if len(raw) > (MAX_ORDERS_BYTES if name == "orders" else 64):
             raise ValueError(f"{name} has {len(raw)} bytes")
         return raw
     if hint is float:

@@ -13,7 +13,7 @@ from tests.support.training_swarm import TrainingSwarm, largest_error, make_run,
 
 NUM_EPOCHS = 60
 LARGER = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 4}
-NUM_AWAY = 12
+NUM_AWAY = 20
 
 
 def test_a_joiner_whose_download_lasts_for_epochs_misses_none_of_them_though_a_donor_dies(
@@ -28,7 +28,8 @@ def test_a_joiner_whose_download_lasts_for_epochs_misses_none_of_them_though_a_d
         training = TrainingSwarm(swarm, store, tmp_path / "run")
         fault = {"on": "piece", "at": 2, "action": "SIGKILL"}
         donors = [
-            training.start_node(0, cache=tmp_path / f"donor{number}", fault=fault, PIECE_S="1.0") for number in (0, 1)
+            training.start_node(0, cache=tmp_path / f"donor{number}", fault=fault, PIECE_EPOCHS="6")
+            for number in (0, 1)
         ]
         other = training.start_node(1)
         for node in (*donors, other):  # so that none of them is a joiner

@@ -26,7 +26,7 @@ P2PD_GONE_S = 5.0
 # A node that runs no session: saying LEAVING, closing p2pd, and the interpreter's own end.
 LEAVE_S = 6.0
 # From the signal to the last hop's hearing it, while three interpreters share the machine.
-FREED_S = 3.0
+FREED_S = 10.0  # they expire after minutes
 # From the signal to the exit: the interpreter's end is most of it.
 INTERRUPT_S = 8.0
 

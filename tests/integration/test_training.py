@@ -15,14 +15,20 @@ from tests.support.processes import Process, local_swarm, wait_until
 from tests.support.training_swarm import TrainingSwarm, largest_error, make_run, weights_of_run
 
 
-def train(folder: Path, fork_server: ForkServer, **rules: Any) -> tuple[TrainingSwarm, list[Process], list[Process]]:
-    """Run a swarm of 2 x 2 nodes and 2 trainers to the end of the run. (swarm, nodes, trainers), all stopped."""
+def train(
+    folder: Path, fork_server: ForkServer, *, others: str = "", **rules: Any
+) -> tuple[TrainingSwarm, list[Process], list[Process]]:
+    """Run a swarm of 2 x 2 nodes and 2 trainers to the end of the run. (swarm, nodes, trainers), all stopped.
+
+    others: the version of the protocol that one of each two speaks.
+    """
     store = make_run(folder / "run", **{"min_replicas": 2, **rules})
     with local_swarm(folder / "swarm", fork_server=fork_server) as swarm:
         publish_run(store, swarm.initial_peers, 15)
         training = TrainingSwarm(swarm, store, folder / "run")
-        nodes = [training.start_node(stage) for stage in range(len(store.spec.stages)) for _ in range(2)]
-        trainers = [training.start_trainer() for _ in range(2)]
+        versions = ({}, {"VERSION": others} if others else {})
+        nodes = [training.start_node(stage, **one) for stage in range(len(store.spec.stages)) for one in versions]
+        trainers = [training.start_trainer(**one) for one in versions]
         last = store.spec.num_epochs - 1
         with contextlib.suppress(AssertionError):  # the checks below say more
             wait_until(lambda: all(last in training.steps_of(m) for m in (*nodes, *trainers)), 60, "the run ends")
@@ -94,6 +100,25 @@ def test_a_wrong_sum_would_be_seen(tmp_path: Path, wrong: str) -> None:
     right = train_in_one_process(store.spec, source)
     planted = train_in_one_process(store.spec, source, wrong=wrong)
     assert largest_error(planted.weights, right.weights) > 1e-3
+
+
+def test_neighbouring_versions_hold_one_round_and_others_refuse(tmp_path: Path, fork_server: ForkServer) -> None:
+    training, nodes, trainers = train(tmp_path, fork_server, others="1.9", **{"end.epochs": 4})
+    check_equal(training, nodes, trainers, tolerance=1e-5)
+    newer = [
+        member
+        for member in (*nodes, *trainers)
+        if any("unknown_letter_to" in line for line in training.trace_of(member))
+    ]
+    assert newer and set(newer) <= {nodes[1], nodes[3], trainers[1]}
+    with local_swarm(tmp_path / "two", fork_server=fork_server) as swarm:
+        training = TrainingSwarm(swarm, make_run(tmp_path / "second"), tmp_path / "second")
+        first, foreign = training.start_node(0), training.start_node(1, VERSION="2.0")
+        wait_until(lambda: "speak protocol 2, this software speaks 1" in first.log, 60, "one side says why")
+        wait_until(lambda: "speak protocol 1, this software speaks 2" in foreign.log, 60, "and so does the other")
+        training.start_trainer()
+        wait_until(lambda: "speaks another version of the protocol" in foreign.log, 60, "streams are refused, too")
+        assert not any(training.steps_of(member) for member in training.members)
 
 
 def test_int8_averaging_learns_as_well_at_a_quarter_of_the_bytes(tmp_path: Path, fork_server: ForkServer) -> None:

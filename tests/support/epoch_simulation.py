@@ -18,6 +18,7 @@ from swarm.epoch.coordinator import Phase
 from swarm.epoch.ledger import Added, AddTag, Ledger
 from swarm.epoch.member import Member
 from swarm.epoch.messages import EARLY, Commit, Place, Rules, UnitResult
+from swarm.run_orders import NO_ORDERS, Amendment, Orders
 
 START = Place(0, b"start")
 
@@ -37,6 +38,40 @@ class Faults:
     join: float = 0.0
     poison: float = 0.0
     break_exchange: float = 0.0
+    order: float = 0.0
+    """The owner says something: no fault, but what comes at any moment, too."""
+
+
+class SimulatedCourse:
+    """Of one member, to whom orders come some time. What a Commit carries is a serial number."""
+
+    def __init__(self, rules: Rules, all_orders: list[Orders]) -> None:
+        self._rules, self._all_orders = rules, all_orders
+        self.newest = NO_ORDERS
+
+    def orders_of(self, raw: bytes) -> Orders:
+        return self._all_orders[int(raw or b"0")]
+
+    @property
+    def is_paused(self) -> bool:
+        return self.newest.is_paused
+
+    def num_units(self, orders: Orders, epoch: int) -> int:
+        batches = [one.target_batch for one in orders.amendments if one.epoch <= epoch]
+        return batches[-1] or 0 if batches else self._rules.num_units
+
+    def rules_at(self, place: Place, orders: bytes) -> Rules:
+        known = self.orders_of(orders)
+        return replace(
+            self._rules,
+            num_units=self.num_units(known, place.epoch),
+            num_next_units=self.num_units(known, place.epoch + 1),
+            eval_epochs=frozenset(known.eval_epochs),
+        )
+
+    def next_orders(self, place: Place, orders: bytes) -> bytes:
+        may_follow = self.newest.may_follow(self.orders_of(orders), place.epoch)
+        return str(self.newest.serial).encode() if may_follow else orders
 
 
 @dataclass
@@ -45,6 +80,7 @@ class Process:
 
     member: Member
     stage: int
+    course: SimulatedCourse
     sums: dict[int, Counter[int]] = field(default_factory=dict)
     """Of each ledger, by its identity."""
     held: dict[tuple[Any, int], Counter[int]] = field(default_factory=dict)
@@ -80,6 +116,7 @@ class World:
     ) -> None:
         self.dice = random.Random(seed)
         self.rules = Rules(num_stages=stages + 1, num_units=units, **rules)
+        self.all_orders = [NO_ORDERS]
         self.processes: dict[str, Process] = {}
         self.bag: list[Callable[[], None]] = []
         self.unreliable: dict[int, Callable[[], None]] = {}
@@ -103,10 +140,11 @@ class World:
 
     def _add(self, name: str, stage: int, place: Place, members: dict[str, int]) -> Process:
         capacity = 2 if stage == self.rules.ends_stage else 0
-        process = Process(member=None, stage=stage)  # type: ignore[arg-type]
+        course = SimulatedCourse(self.rules, self.all_orders)
+        process = Process(member=None, stage=stage, course=course)  # type: ignore[arg-type]
         ledger, early = (self._new_ledger(process) for _ in range(2))
         process.member = Member(
-            name, stage, self.rules, ledger, place, members,
+            name, stage, course, ledger, place, members,
             early=early if self.rules.delay else None, capacity=capacity,
         )  # fmt: skip
         self.processes[name] = process
@@ -133,6 +171,7 @@ class World:
     def settle(self, epochs: int = 2, max_steps: int = 60_000) -> bool:
         """End all faults; whether the run then takes so many epochs more."""
         self.poison = 0.0
+        self._order(self.all_orders[-1].changed(is_paused=False))
         for name, process in self.processes.items():
             self.groups[name] = 0
             process.frozen = False
@@ -256,6 +295,28 @@ class World:
             self._join()
         if draw() < faults.break_exchange:
             self._fail_exchanges(self._any_name())
+        if draw() < faults.order:
+            self.fired["order"] += 1
+            newest, epoch = self.all_orders[-1], self.max_epoch + self.dice.randint(0, 5)
+            kind = self.dice.randrange(3)
+            if kind == 0:
+                self._order(newest.changed(is_paused=not newest.is_paused))
+            elif kind == 1:
+                self._order(newest.with_eval(epoch, max(0, self.max_epoch - 5)))
+            elif len(newest.amendments) < 20:
+                self._order(newest.amended(Amendment(epoch=max(1, epoch), target_batch=self.dice.randint(1, 7))))
+
+    def _order(self, orders: Orders) -> None:
+        """The owner says something, and everybody hears it some time."""
+        self.all_orders.append(orders)
+        for name in self.processes:
+            self.bag.append(lambda name=name: self._hear(name, orders))
+
+    def _hear(self, name: str, orders: Orders) -> None:
+        process = self.processes.get(name)
+        if process is not None and orders.serial > process.course.newest.serial:
+            process.course.newest = orders
+            self._feed(name, member.Steered())
 
     def leaders(self) -> list[str]:
         return [name for name, process in self.processes.items() if process.member.leader is not None]
@@ -314,6 +375,8 @@ class World:
         self.groups[name] = self.groups[donor]
         process.member.is_downloading = True
         self.bag.append(lambda: self._install(name, donor, START))
+        orders = self.all_orders[-1]
+        self.bag.append(lambda: self._hear(name, orders))
 
     # Carrying out.
 
@@ -356,7 +419,7 @@ class World:
         """The backward of one hop, from the last to the first, each a message."""
         if trainer not in self.processes:
             return
-        if self.rules.num_units <= run.unit < EARLY:
+        if self.processes[trainer].member.rules.num_units <= run.unit < EARLY:
             self._feed(trainer, member.Ran(run.unit, run.serial, (), UnitResult(run.unit, 5, 1.0)))
             return
         if stage < 0:
@@ -484,15 +547,22 @@ class World:
         for lineage, commit in self.committed.items():
             if commit.is_skipped:
                 continue
+            course = SimulatedCourse(self.rules, self.all_orders)
+            rules = course.rules_at(commit.before, commit.orders)
+            parent = self.committed.get(commit.parent)
+            before = course.rules_at(commit.before, b"" if parent is None else parent.orders)
+            assert before.units_of(commit.epoch) == rules.units_of(commit.epoch), (
+                "orders changed an epoch that had begun"
+            )
             stages = {stage for (line, stage) in self.sums if line == lineage}
             for stage in stages:
                 total = self.sums[lineage, stage]
-                expected = Counter(range(self.rules.num_units))
+                expected = Counter(range(rules.num_units))
                 assert total == expected, f"epoch {commit.epoch}, stage {stage}: {total}"
-            units = range(self.rules.num_units)
+            units = range(rules.num_units)
             assert commit.num_loss_tokens == sum(10 + unit for unit in units)
             assert commit.loss_sum == sum(1.0 + unit for unit in units)
-            num_eval_units = len(self.rules.units_of(commit.epoch)) - self.rules.num_units
+            num_eval_units = len(rules.units_of(commit.epoch)) - rules.num_units
             assert (commit.num_eval_tokens, commit.eval_loss_sum) == (5 * num_eval_units, 1.0 * num_eval_units)
         for one, other in itertools.combinations(self.committed.values(), 2):
             if one.parent == other.parent:
@@ -518,6 +588,7 @@ class World:
             "skipped steps": num_skipped,
             "commits beside another": sum(count - 1 for count in parents.values()),
             "commits of a later term": sum(commit.term.number > 1 for commit in self.committed.values()),
+            "commits with new orders": len({commit.orders for commit in self.committed.values()}) - 1,
             "commits of a later attempt": sum(commit.attempt > 0 for commit in self.committed.values()),
             "downloads": sum(process.num_downloads for process in self.processes.values()),
         }
@@ -534,13 +605,14 @@ FAULTS = Faults(
     suspect=0.004,
     join=0.004,
     break_exchange=0.02,
+    order=0.003,
 )
 
 
 def random_world(seed: int) -> World:
     """Of up to twelve processes, with and without evaluation, with and without one epoch of delay."""
     dice = random.Random(seed)
-    rules = {"num_eval_units": dice.randint(1, 3), "eval_every": dice.randint(1, 3)} if dice.random() < 0.3 else {}
+    rules = {"num_eval_units": dice.randint(1, 3), "eval_every": dice.randint(0, 3)} if dice.random() < 0.3 else {}
     rules["delay"] = int(dice.random() < 0.4)
     return World(
         seed,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from swarm.run_orders import NO_ORDERS, Orders
 from swarm.run_spec import Precision, RunSpec
 from swarm.run_store import RunStore
 from swarm.span import Span
@@ -45,8 +46,8 @@ def whole_model(spec: RunSpec) -> Any:
     return kind.from_pretrained(None, config=source.config, state_dict=weights, dtype=torch.float32).train()
 
 
-def train_in_one_process(spec: RunSpec, source: Any, *, wrong: str = "") -> Outcome:
-    """wrong: a planted bug: "dropped" or "doubled" microbatch, or "unweighted" mean of two replicas' means."""
+def train_in_one_process(spec: RunSpec, source: Any, *, wrong: str = "", orders: Orders = NO_ORDERS) -> Outcome:
+    """orders: of the run's owner. wrong: a planted bug: "dropped" or "doubled" microbatch, or "unweighted" mean of two replicas' means."""
     model = whole_model(spec)
     if spec.lora is not None:
         from tests.support.one_process_lora import peft_model, plain_name
@@ -67,19 +68,20 @@ def train_in_one_process(spec: RunSpec, source: Any, *, wrong: str = "") -> Outc
     losses = []
     waiting: deque[list[Tensor]] = deque()
     for epoch in range(spec.num_epochs):
-        gradients, loss = _gradients(spec, model, named, source, epoch, wrong)
+        first = orders.first_sample(spec, epoch)
+        gradients, loss = _gradients(orders.spec_at(spec, epoch), model, named, source, epoch, first, wrong)
         losses.append(loss)
         waiting.append(gradients)
         # With a delay of one epoch this gradient waits, and the one before is applied; the last is applied at the end.
         if len(waiting) > spec.delay:
-            _step(spec, optimizer, named, waiting.popleft(), epoch - spec.delay)
+            _step(orders.spec_at(spec, epoch - spec.delay), optimizer, named, waiting.popleft(), epoch - spec.delay)
     for late, gradients in enumerate(waiting):
         _step(spec, optimizer, named, gradients, spec.num_epochs - len(waiting) + late)
     return Outcome(losses, {name: parameter.detach().clone() for name, parameter in named.items()})
 
 
 def _gradients(
-    spec: RunSpec, model: Any, named: dict[str, Any], source: Any, epoch: int, wrong: str
+    spec: RunSpec, model: Any, named: dict[str, Any], source: Any, epoch: int, first: int, wrong: str
 ) -> tuple[list[Tensor], float]:
     """The mean gradient over the epoch's loss tokens."""
     sums = [[torch.zeros_like(p) for p in named.values()] for _ in range(2)]
@@ -92,7 +94,7 @@ def _gradients(
         starts = [*starts, starts[0]]
     for number, start in enumerate(starts):
         count = min(spec.microbatch, spec.target_batch - start)
-        batch = source.batch(epoch * spec.target_batch + start, count)
+        batch = source.batch(first + start, count)
         bf16 = torch.autocast("cpu", torch.bfloat16) if spec.precision is Precision.BF16 else contextlib.nullcontext()
         with bf16:
             logits = model(input_ids=batch.input_ids, use_cache=False).logits

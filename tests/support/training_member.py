@@ -1,8 +1,9 @@
 """A real node or trainer of a run that writes down what it does, and in which a fault may be planted.
 
     python -m tests.support.training_member node|trainer ARGUMENTS of swarm-node / swarm
-PIECE_S slows the sending of each piece of a saved state. MEMBERSHIP (JSON) changes fields of MembershipConfig.
+PIECE_EPOCHS lets each piece of a saved state wait for so many steps before it is sent. MEMBERSHIP (JSON) changes fields of MembershipConfig.
 TRACE (a file) gets a line of JSON for every step: epoch, lineage, digest of the weights, units in the ledger, size of the group.
+VERSION (MAJOR.MINOR) makes it a member of another version, whose letters say more than ours, and which sends letters of its own kind.
 DUMP (a file, *.pt) gets the weights by name at the end of the run, beside it with the run's id in the name. FAULT (JSON) is {"on": event, "at": n, "action": ...}; events are
     send:Commit, receive:Prepare ...    a letter of that kind, before it leaves (or is taken in)
     sent:Commit                         after it has left
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 
+from swarm import messages
 from swarm.client import stage_hop
 from swarm.epoch.ledger import Added, Ledger
 from swarm.epoch.messages import Commit
@@ -105,7 +107,7 @@ class TracedMembership(membership.Membership):
         global num_steps
         num_steps = commit.epoch + 1
         dump = os.environ.get("DUMP")
-        if dump and commit.epoch + 1 == self.spec.num_epochs:
+        if dump and commit.epoch + 1 == self.course.spec_after(commit).num_epochs:
             views = self.parameters.views(self.parameters.state.values)
             path = dump.replace(".pt", f".{self.run_id.hex()[:8]}{'.keeper' if self.is_keeper else ''}.pt")
             torch.save({n: view.clone() for n, view in zip(self.parameters.names, views, strict=True)}, path + ".new")
@@ -138,7 +140,9 @@ class SlowState(saved_states.OpenState):
     def read_piece(self, number: int) -> bytes:
         piece = super().read_piece(number)
         happens("piece")
-        time.sleep(float(os.environ.get("PIECE_S", "0")))
+        goal, deadline = num_steps + int(os.environ.get("PIECE_EPOCHS", "0")), time.monotonic() + 25
+        while num_steps < goal and time.monotonic() < deadline:
+            time.sleep(0.02)
         return piece
 
 
@@ -157,11 +161,37 @@ class TracedHops(stage_hop.StageHops):
         return answer
 
 
+# Field 1007, of which this version knows nothing, with one byte in it.
+UNKNOWN = bytes([0xFA, 0x3E, 0x01, 0x07])
+
+
+def speak_version(major: int, minor: int) -> None:
+    for module in (messages, membership):
+        module.PROTOCOL_MAJOR, module.PROTOCOL_MINOR = major, minor  # type: ignore[attr-defined]
+    to_wire, on_found = links.to_wire, links.Links._adopt
+
+    def to_newer_wire(message: Any) -> Any:
+        wire = to_wire(message)
+        wire.MergeFromString(UNKNOWN)
+        getattr(wire, wire.WhichOneof("kind")).MergeFromString(UNKNOWN)
+        return wire
+
+    def adopt(self: Any, link: Any, stream: Any) -> None:
+        on_found(self, link, stream)
+        link.outbox.append(UNKNOWN)
+        link.filled.set()
+        trace(unknown_letter_to=link.name)
+
+    links.to_wire, links.Links._adopt = to_newer_wire, adopt  # type: ignore[assignment,method-assign]
+
+
 def main() -> None:
     if namespace := os.environ.get("NETNS"):  # a network namespace to be in, before anything has a socket
         with open(f"/run/netns/{namespace}") as file:
             assert ctypes.CDLL(None).setns(file.fileno(), 0) == 0
     kind = sys.argv.pop(1)
+    if version := os.environ.get("VERSION"):
+        speak_version(*map(int, version.split(".")))
     fault.update(json.loads(os.environ.get("FAULT", "null")) or {})
     membership.Links = TracedLinks  # type: ignore[misc]
     membership.Ledger = TracedLedger  # type: ignore[misc]

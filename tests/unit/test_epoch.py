@@ -24,9 +24,11 @@ from swarm.epoch.messages import (
     Commit,
     Committed,
     Confirm,
+    Course,
     Done,
     Excluded,
     Failed,
+    FixedCourse,
     Hello,
     Lead,
     Lease,
@@ -45,10 +47,13 @@ from swarm.epoch.messages import (
     equal_shares,
     rank_leaders,
 )
-from tests.support.epoch_simulation import START, Faults, World, run_schedule
+from swarm.run_orders import Orders
+from tests.support.epoch_simulation import START, Faults, SimulatedCourse, World, run_schedule
 
 NUM_SCHEDULES = 1000
 FAULTS_THAT_MUST_FIRE = (
+    "order",
+    "commits with new orders",
     "lose",
     "double",
     "crash",
@@ -269,6 +274,14 @@ BUGS: dict[str, tuple[Callable[..., Any], tuple[tuple[str, str], ...]]] = {
             ),
         ),
     ),
+    "orders change an epoch that has begun": (
+        Orders.may_follow,
+        (("begun = epoch + NOTICE_EPOCHS", "begun = epoch"),),
+    ),
+    "a leader takes the newest orders for the rules": (
+        SimulatedCourse.rules_at,
+        (("known = self.orders_of(orders)", "known = self.newest"),),
+    ),
     "a lost replica's microbatches still count": (
         Coordinator.lose,
         (("letters += self._fence(gone.ledger_id)", "pass"),),
@@ -321,10 +334,11 @@ class Led:
         rules: Rules = RULES,
         roster: dict[str, int] = ROSTER,
         share_out: Callable[[Sequence[float | None]], Sequence[int]] = equal_shares,
+        course: Course | None = None,
         **hellos: dict[str, Any],
     ) -> None:
         self.roster = roster
-        self.coordinator = Coordinator("n0", PLACE, TERM, rules, roster, share_out)
+        self.coordinator = Coordinator("n0", PLACE, TERM, course or FixedCourse(rules), b"", roster, share_out)
         self.letters: list[Letter] = self.coordinator.start()
         for peer in roster:
             self.say(peer, hello(peer, roster, **hellos.get(peer, {})))
@@ -367,7 +381,7 @@ def test_leading_is_told_to_everybody_and_nothing_is_leased_before_all_have_said
     assert {peer for peer, _ in led.told(Lead)} == ROSTER.keys()
     first_lease = next(i for i, (_, message) in enumerate(led.letters) if isinstance(message, Lease))
     assert first_lease >= len(ROSTER)
-    waiting = Coordinator("n0", PLACE, TERM, RULES, ROSTER)
+    waiting = Coordinator("n0", PLACE, TERM, FixedCourse(RULES), b"", ROSTER)
     for peer in ("n0", "n1", "t2"):
         assert waiting.receive(peer, hello(peer)) == []
     assert waiting.waits_for == {"t3"}
@@ -375,7 +389,7 @@ def test_leading_is_told_to_everybody_and_nothing_is_leased_before_all_have_said
 
 
 def test_one_who_never_says_hello_is_waited_for_only_so_long() -> None:
-    coordinator = Coordinator("n0", PLACE, TERM, RULES, ROSTER)
+    coordinator = Coordinator("n0", PLACE, TERM, FixedCourse(RULES), b"", ROSTER)
     for peer in ("n0", "n1", "t2"):
         coordinator.receive(peer, hello(peer))
     ticks = [coordinator.tick() for _ in range(11)]
@@ -677,7 +691,7 @@ def test_the_first_epoch_waits_for_the_least_number_of_replicas() -> None:
     assert not led.leases()
     assert [m for _, m in led.say("t3", hello("t3")) if isinstance(m, Lease)]
     later = dataclasses.replace(PLACE, epoch=1)
-    coordinator = Coordinator("n0", later, TERM, rules, {"n0": 0, "t2": 1})
+    coordinator = Coordinator("n0", later, TERM, FixedCourse(rules), b"", {"n0": 0, "t2": 1})
     coordinator.receive("n0", hello("n0", place=later))
     assert [m for _, m in coordinator.receive("t2", hello("t2", place=later)) if isinstance(m, Lease)]
 
@@ -722,7 +736,7 @@ class One:
         ids = iter(range(1000, 2000))
         ledger = Ledger(lambda: next(ids), self._clear)
         capacity = 2 if roster[name] == rules.ends_stage else 0
-        self.member = Member(name, roster[name], rules, ledger, PLACE, roster, capacity=capacity)
+        self.member = Member(name, roster[name], FixedCourse(rules), ledger, PLACE, roster, capacity=capacity)
 
     def _clear(self) -> None:
         self.cleared += 1
@@ -798,7 +812,14 @@ def test_an_order_of_the_right_term_counts_only_from_its_leader() -> None:
 def test_who_leads_again_where_it_has_led_leads_under_a_new_term() -> None:
     roster = {"n0": 0, "t1": 1}
     first = rank_leaders(PLACE, list(roster))[0]
-    one = Member(first, roster[first], Rules(num_stages=2, num_units=1), Ledger(lambda: 7, lambda: None), PLACE, roster)
+    one = Member(
+        first,
+        roster[first],
+        FixedCourse(Rules(num_stages=2, num_units=1)),
+        Ledger(lambda: 7, lambda: None),
+        PLACE,
+        roster,
+    )
     one.start()
     assert one.term == Term(1, first)
     one.apply(member.Received("n9", Where(Place(7, b"w" * 5))))
@@ -815,7 +836,7 @@ def test_terms_that_are_far_apart_differ_from_those_of_an_earlier_life() -> None
         one = Member(
             first,
             roster[first],
-            Rules(num_stages=2, num_units=1),
+            FixedCourse(Rules(num_stages=2, num_units=1)),
             Ledger(lambda: 7, lambda: None),
             PLACE,
             roster,

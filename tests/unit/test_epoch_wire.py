@@ -17,7 +17,7 @@ from swarm.errors import BadReply
 from swarm.identity import Identity
 from swarm.training import wire
 
-KINDS = typing.get_args(m.Message)
+KINDS = typing.get_args(m.Mail)
 LEADER, OTHER = Identity.generate(), Identity.generate()
 RUN = b"r" * 32
 PLACE, TERM = m.Place(3, b"p" * 32), m.Term(2, "leader")
@@ -211,6 +211,7 @@ OTHER_VALUES: dict[str, Any] = {
     "epoch": 4,
     "parent": b"q" * 32,
     "term": m.Term(3, LEADER.peer_id),
+    "orders": b"owner",
     "era": 3,
     "attempt": 2,
     "num_loss_tokens": 101,

@@ -16,6 +16,7 @@ def report(epoch: int, **fields: float | None) -> EpochReport:
     values = {"loss": 5.0 - epoch, "validation_loss": None, "norm": 0.5, "lr": 1e-3, "tokens_per_s": 100.0, **fields}
     return EpochReport(
         epoch=epoch,
+        num_epochs=9,
         num_loss_tokens=64,
         seconds=1.5,
         replicas=(2, 2, 1),

@@ -1,0 +1,273 @@
+"""Owner: what the owner of a run says to its members, and whether it came about. `Owner._steer` is the way of all commands."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarm.cache import cache_root
+from swarm.client.runs import in_swarm
+from swarm.epoch.messages import Place
+from swarm.errors import UserError
+from swarm.identity import Identity
+from swarm.member_record import MemberRecord
+from swarm.p2p.directory import Directory
+from swarm.p2p.host import Host
+from swarm.records import ShardState
+from swarm.run_creation import OWNER_FILE
+from swarm.run_orders import NOTICE_EPOCHS, Amendment, Orders, open_orders, sign_orders
+from swarm.run_store import RunStore
+from swarm.training.find_run import find_run
+from swarm.training.rollback import complete_places, newest, saved_by_stage
+from swarm.training.standing import Standing, ask_standings, newest_orders
+
+_LOOK_AGAIN_S = 0.3
+# How many epochs ahead a change is named: more, if the members were there before they heard of it.
+_NOTICES = (NOTICE_EPOCHS, 8, 32, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The run at one moment."""
+
+    records: tuple[MemberRecord, ...]
+    standings: Mapping[tuple[str, int], Standing]
+    orders: Orders
+    """The newest that somebody knows."""
+
+    @property
+    def place(self) -> Place:
+        """The newest where somebody is."""
+        place = newest(standing.place for standing in self.standings.values())
+        assert place is not None
+        return place
+
+
+class TooLate(UserError):
+    """The epoch that was named has begun."""
+
+
+class Owner:
+    """Each method says something to the run's members, waits until it is so, and returns a line for people.
+
+    They raise UserError: the key is another's, nobody takes part, or what is asked for cannot be.
+    """
+
+    def __init__(
+        self,
+        run_id: bytes,
+        initial_peers: Sequence[str],
+        *,
+        identity: Path | None = None,
+        cache_dir: Path | None = None,
+        timeout_s: float = 60.0,
+    ) -> None:
+        """timeout_s: for joining, and then for what is waited for."""
+        self._run_id, self._initial_peers, self._timeout_s = run_id, initial_peers, timeout_s
+        self._cache_dir = cache_dir
+        path = identity or cache_root(cache_dir) / OWNER_FILE
+        if not path.is_file():
+            raise UserError(f"there is no key in {path}: say with --identity where the key is that signed the run")
+        self._identity = Identity.load_or_create(path)
+
+    def pause(self) -> str:
+        async def steer(run: _Steering) -> str:
+            look = await run.give(lambda look: look.orders.changed(is_paused=True))
+            return f"paused: no epoch after {look.place.epoch} begins; `swarm run resume` lets the run go on"
+
+        return self._steer(steer)
+
+    def resume(self) -> str:
+        async def steer(run: _Steering) -> str:
+            look = await run.give(lambda look: look.orders.changed(is_paused=False))
+            return f"the run goes on from epoch {look.place.epoch}"
+
+        return self._steer(steer)
+
+    def amend(self, changes: Mapping[str, float | int | None], epoch: int | None = None) -> str:
+        """changes: of Amendment's fields. epoch: from which on; None: as soon as possible."""
+
+        async def steer(run: _Steering) -> str:
+            def change(orders: Orders, now: int, named: int) -> Orders:
+                return orders.amended(Amendment(epoch=named, **changes))  # type: ignore[arg-type]
+
+            told = ", ".join(f"{name} {value}" for name, value in changes.items() if value is not None)
+            return f"from epoch {await run.name_epoch(change, epoch)} on: {told}{await run.in_force()}"
+
+        return self._steer(steer)
+
+    def end(self, epoch: int | None = None) -> str:
+        async def steer(run: _Steering) -> str:
+            def change(orders: Orders, now: int, named: int) -> Orders:
+                return orders.amended(Amendment(epoch=named, num_epochs=named))
+
+            return f"the run ends after {await run.name_epoch(change, epoch)} epochs{await run.in_force()}"
+
+        return self._steer(steer)
+
+    def evaluate(self, epoch: int | None = None) -> str:
+        async def steer(run: _Steering) -> str:
+            if run.store.spec.held_out is None:
+                raise UserError("this run has no held-out data: there is nothing to evaluate on")
+            named = await run.name_epoch(lambda orders, now, named: orders.with_eval(named, now), epoch)
+            while True:
+                for standing in (await run.look()).standings.values():
+                    if standing.evaluation is not None and standing.evaluation[0] == named:
+                        return f"epoch {named}: held-out loss {standing.evaluation[1]:.4f}"
+                await run.pause(
+                    f"epoch {named}, which evaluates, is not over yet: `swarm run status` shows its loss later"
+                )
+
+        return self._steer(steer)
+
+    def roll_back(self, epoch: int) -> str:
+        async def steer(run: _Steering) -> str:
+            goal: Place | None = None
+
+            def decide(look: Look) -> Orders:
+                nonlocal goal
+                complete = complete_places(saved_by_stage(look.records), run.store.spec.num_stages)
+                base = newest(place for place in complete if place.epoch == epoch)
+                if base is None:
+                    epochs = ", ".join(str(one) for one in sorted({place.epoch for place in complete})) or "none"
+                    raise UserError(
+                        f"not all stages have a state of epoch {epoch} on a disk that can be reached: choose one of {epochs}"
+                    )
+                goal = base.rolled_back(max(standing.place.era for standing in look.standings.values()) + 1)
+                return look.orders.changed(rollback=goal)
+
+            await run.give(decide)
+            assert goal is not None
+            while True:
+                look = await run.look()
+                if all(standing.place.era >= goal.era for standing in look.standings.values()):
+                    paused = "; it is paused" if look.orders.is_paused else ""
+                    return f"the run went back to epoch {epoch}{paused}"
+                await run.pause("not all members have gone back yet: `swarm run status` shows where they are")
+
+        return self._steer(steer)
+
+    def _steer(self, steer: Callable[[_Steering], Awaitable[str]]) -> str:
+        async def ask(host: Host, directory: Directory) -> str:
+            store = await find_run(directory, self._run_id, self._cache_dir, patience_s=0.0)
+            if self._identity.peer_id != store.owner:
+                raise UserError(
+                    f"only the owner of the run ({store.owner[-8:]}) steers it, and this key is {self._identity.peer_id[-8:]}: "
+                    "give the key that signed the run with --identity"
+                )
+            run = _Steering(host, directory, store, self._identity)
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    return await steer(run)
+            except TimeoutError:
+                raise UserError(run.waits_for or "the members did not answer in time: try again") from None
+
+        # What is waited for is bounded above; this bound is for the DHT.
+        return in_swarm(self._initial_peers, 2 * self._timeout_s, ask)
+
+
+class _Steering:
+    """A connection to the members of a run, for one command of its owner."""
+
+    def __init__(self, host: Host, directory: Directory, store: RunStore, identity: Identity) -> None:
+        self._host, self._directory, self._identity = host, directory, identity
+        self.store = store
+        self.waits_for = ""
+        """What to tell the owner if there is no more time."""
+        self._given: Orders | None = None
+
+    async def look(self, raw: bytes = b"") -> Look:
+        """How the run stands, after its members have heard these signed orders. UserError if none of them answers."""
+        records = await self._directory.find_members(self.store.run_id, range(self.store.spec.num_stages))
+        present = tuple(record for record in records if record.state != ShardState.LEAVING)
+        standings = await ask_standings(self._host, self.store, present, raw)
+        if not standings:
+            raise UserError(
+                "nobody who takes part in the run can be reached, so nobody would hear of it: "
+                "see `swarm run status`, and try again when a node is back"
+            )
+        raws = [standing.orders for standing in standings.values()]
+        orders, _ = newest_orders([*raws, self.store.read_orders()], self.store)
+        return Look(present, standings, orders)
+
+    async def give(self, decide: Callable[[Look], Orders]) -> Look:
+        """Say what is decided, and look again. UserError if it makes no sense, or nobody took it."""
+        look = await self.look()
+        try:
+            orders = decide(look)
+            for amendment in orders.amendments:
+                orders.spec_at(self.store.spec, amendment.epoch)
+            raw = sign_orders(orders, self.store.run_id, self._identity)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.store.keep_orders(raw)
+        self._given = orders
+        look = await self.look(raw)
+        if look.orders.serial > orders.serial:
+            raise UserError("the owner has said something else at the same time, from elsewhere: try again")
+        if not any(standing.orders == raw for standing in look.standings.values()):
+            raise UserError("no member took the orders: it may run an older version of the software")
+        return look
+
+    async def name_epoch(self, change: Callable[[Orders, int, int], Orders], epoch: int | None) -> int:
+        """Say that something is to happen in an epoch: in this one, or the next of which all can hear in time.
+
+        change(orders, epoch now, epoch named).
+        """
+        for notice in _NOTICES if epoch is None else (0,):
+            named = 0
+
+            def decide(look: Look, notice: int = notice) -> Orders:
+                nonlocal named
+                now = look.place.epoch
+                self._check_open(look)
+                named = now + notice if epoch is None else epoch
+                if named < now + NOTICE_EPOCHS:
+                    raise UserError(f"the run is in epoch {now}: name epoch {now + NOTICE_EPOCHS} or a later one")
+                return change(look.orders, now, named)
+
+            await self.give(decide)
+            if await self._is_in_time(named):
+                return named
+        raise UserError(f"the run was past epoch {named} before its members heard of it: name a later epoch with --at")
+
+    def _check_open(self, look: Look) -> None:
+        commits = [one.commit for one in look.standings.values() if one.place == look.place and one.commit is not None]
+        in_force = look.orders if not commits else open_orders(commits[0].orders, self.store.run_id, self.store.owner)
+        if look.place.epoch >= in_force.num_epochs(self.store.spec, look.place.epoch):
+            raise UserError(
+                f"the run is over, after {look.place.epoch} epochs: go back to a checkpoint with `swarm run rollback`, or start "
+                "another run from its export"
+            )
+
+    async def _is_in_time(self, named: int) -> bool:
+        """Whether a Commit before that epoch carries the orders, or none came yet."""
+        while True:
+            look = await self.look()
+            if self._are_in_force(look):
+                return True
+            if look.place.epoch + NOTICE_EPOCHS > named:
+                return False
+            if look.place.epoch + NOTICE_EPOCHS < named or self._stands_still(look):
+                return True  # there is time
+            await asyncio.sleep(_LOOK_AGAIN_S)
+
+    def _are_in_force(self, look: Look) -> bool:
+        assert self._given is not None
+        commits = [one.commit for one in look.standings.values() if one.place == look.place and one.commit is not None]
+        serials = [open_orders(one.orders, self.store.run_id, self.store.owner).serial for one in commits]
+        return bool(serials) and min(serials) >= self._given.serial
+
+    def _stands_still(self, look: Look) -> bool:
+        return look.orders.is_paused or min(standing.idle_s for standing in look.standings.values()) > 3.0
+
+    async def in_force(self) -> str:
+        """What is to be added to an answer, if it is not so yet."""
+        look = await self.look()
+        return "" if self._are_in_force(look) else "; the members know it, and take it up with the run's next step"
+
+    async def pause(self, waits_for: str) -> None:
+        self.waits_for = waits_for
+        await asyncio.sleep(_LOOK_AGAIN_S)

@@ -1,0 +1,118 @@
+"""RunCourse: the rules of a run as its owner has amended them, for the members of a process. Orders are in swarm/run_orders.py."""
+
+from __future__ import annotations
+
+import logging
+
+from swarm.epoch.messages import EARLY, Commit, Place, Rules
+from swarm.errors import BadReply, UserError
+from swarm.run_orders import NO_ORDERS, Orders, open_orders
+from swarm.run_spec import RunSpec
+from swarm.run_store import RunStore
+
+log = logging.getLogger(__name__)
+
+
+class RunCourse:
+    """What the owner has said, as far as it is known here."""
+
+    def __init__(self, store: RunStore) -> None:
+        self._store = store
+        self.spec, self.run_id = store.spec, store.run_id
+        self.newest_raw = b""
+        """Signed."""
+        self.newest = NO_ORDERS
+        raw = store.read_orders()
+        try:
+            self.newest = self._opened(raw)
+            self.newest_raw = raw
+        except ValueError as error:
+            log.warning("orders on this disk not used reason=%s", error)
+
+    def hear(self, raw: bytes) -> bool:
+        """Whether these orders are newer than those that were known; they are kept then. BadReply if the owner did not give them."""
+        try:
+            orders = self._opened(raw)
+        except ValueError as error:
+            raise BadReply(f"orders are refused: {error}") from error
+        if orders.serial <= self.newest.serial:
+            return False
+        self.newest, self.newest_raw = orders, raw
+        try:
+            self._store.keep_orders(raw)
+        except UserError as error:
+            log.error("orders not kept serial=%d reason=%s", orders.serial, error)
+        return True
+
+    def check(self, commit: Commit | None) -> None:
+        """BadReply if it carries what the owner did not say."""
+        if commit is not None:
+            try:
+                self._opened(commit.orders)
+            except ValueError as error:
+                raise BadReply(f"a commit's orders are refused: {error}") from error
+
+    def orders_of(self, commit: Commit | None) -> Orders:
+        """In force after a commit that was checked; None: at the start of the run."""
+        return NO_ORDERS if commit is None else self._opened(commit.orders)
+
+    def spec_after(self, commit: Commit | None) -> RunSpec:
+        """The rules of the epoch after a commit."""
+        return self.orders_of(commit).spec_at(self.spec, 0 if commit is None else commit.epoch + 1)
+
+    def samples_of(self, epoch: int, unit: int, commit: Commit | None) -> range:
+        """Sample indices of a microbatch: of the epoch's, of the next one's, or of the held-out data from 0 on.
+
+        commit: the one before the epoch.
+        """
+        orders = self.orders_of(commit)
+        if unit >= EARLY:
+            epoch, unit = epoch + 1, unit - EARLY
+        spec = orders.spec_at(self.spec, epoch)
+        num_units = num_units_of(spec)
+        if unit >= num_units:
+            first = (unit - num_units) * spec.microbatch
+            return range(first, min(first + spec.microbatch, spec.num_eval_samples))
+        begin = orders.first_sample(self.spec, epoch)
+        first = begin + unit * spec.microbatch
+        return range(first, min(first + spec.microbatch, begin + spec.target_batch))
+
+    # As the state machine asks (swarm.epoch.messages.Course).
+
+    @property
+    def is_paused(self) -> bool:
+        return self.newest.is_paused
+
+    def rules_at(self, place: Place, orders: bytes) -> Rules:
+        return rules_of(self.spec, self._opened(orders), place.epoch)
+
+    def next_orders(self, place: Place, orders: bytes) -> bytes:
+        return self.newest_raw if self.newest.may_follow(self._opened(orders), place.epoch) else orders
+
+    def _opened(self, raw: bytes) -> Orders:
+        """ValueError, naming the reason."""
+        orders = open_orders(raw, self.run_id, self._store.owner)
+        for amendment in orders.amendments:
+            orders.spec_at(self.spec, amendment.epoch)
+        return orders
+
+
+def num_units_of(spec: RunSpec) -> int:
+    """Microbatches of an epoch."""
+    return -(-spec.target_batch // spec.microbatch)
+
+
+def rules_of(spec: RunSpec, orders: Orders, epoch: int) -> Rules:
+    """What the state machine needs to know in an epoch."""
+    now, later = orders.spec_at(spec, epoch), orders.spec_at(spec, epoch + 1)
+    return Rules(
+        num_stages=spec.num_stages,
+        num_units=num_units_of(now),
+        num_eval_units=-(-spec.num_eval_samples // spec.microbatch),
+        eval_every=spec.eval_every,
+        min_replicas=spec.min_replicas,
+        num_epochs=now.num_epochs,
+        delay=spec.delay,
+        num_next_units=num_units_of(later),
+        eval_epochs=frozenset(orders.eval_epochs),
+    )

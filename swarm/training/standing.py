@@ -1,0 +1,112 @@
+"""Standing: how a run stands, as one of its members tells anybody who asks (PutOrders)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from protos import training_pb2
+from swarm.epoch.messages import Commit, Place
+from swarm.errors import BadReply, PeerFailed
+from swarm.member_record import MemberRecord
+from swarm.p2p.framing import FramedStream
+from swarm.p2p.host import Host
+from swarm.run_orders import NO_ORDERS, Orders, open_orders
+from swarm.run_store import RunStore
+from swarm.training.requests import Donor, open_request, received
+from swarm.training.wire import commit_from_wire, commit_to_wire, decode, is_signed, place_from_wire, place_to_wire
+
+log = logging.getLogger(__name__)
+
+_TIMEOUT_S = 10.0
+_CONNECT_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Of one member."""
+
+    place: Place
+    commit: Commit | None
+    """The one that led there; None: the start of the run."""
+    orders: bytes
+    """The newest that it knows, signed."""
+    evaluation: tuple[int, float] | None
+    """Epoch and mean loss per token of the last one that it has seen."""
+    idle_s: float
+    """Since its last step."""
+
+
+async def send_standing(stream: FramedStream, standing: Standing) -> None:
+    """Answer PutOrders."""
+    wire = training_pb2.Standing(place=place_to_wire(standing.place), orders=standing.orders, idle_s=standing.idle_s)
+    if standing.commit is not None:
+        wire.commit.CopyFrom(commit_to_wire(standing.commit))
+    if standing.evaluation is not None:
+        wire.eval_epoch, wire.eval_loss = standing.evaluation
+    async with asyncio.timeout(_TIMEOUT_S):
+        await stream.send([training_pb2.MemberMessage(standing=wire).SerializeToString()])
+        await stream.receive()  # the asker ends the stream
+
+
+def standing_from_wire(wire: training_pb2.Standing, store: RunStore) -> Standing:
+    """BadReply if the member cannot prove where it is; its orders are not checked."""
+    place = place_from_wire(wire.place)
+    commit = commit_from_wire(wire.commit) if wire.HasField("commit") else None
+    if not place.follows(commit, store.run_id) or (commit is not None and not is_signed(commit, store.run_id)):
+        raise BadReply(f"a member cannot prove how it came to epoch {place.epoch}")
+    if not (math.isfinite(wire.idle_s) and math.isfinite(wire.eval_loss)):
+        raise BadReply("a member told of times and losses that make no sense")
+    evaluation = (wire.eval_epoch, wire.eval_loss) if wire.HasField("eval_loss") else None
+    return Standing(place, commit, wire.orders, evaluation, wire.idle_s)
+
+
+async def ask_standings(
+    host: Host, store: RunStore, records: Sequence[MemberRecord], orders: bytes = b""
+) -> dict[tuple[str, int], Standing]:
+    """What the members say who answer, by peer id and stage, all asked at once.
+
+    orders: signed, for the members to hear.
+    """
+    request = training_pb2.MemberMessage(put_orders=training_pb2.PutOrders(orders=orders))
+
+    async def ask(record: MemberRecord) -> Standing:
+        donor = Donor(record.peer_id, record.addresses)
+        async with (
+            asyncio.timeout(_TIMEOUT_S),
+            open_request(
+                host, donor, store.run_id, record.stage, request,
+                connect_timeout_s=_CONNECT_TIMEOUT_S, introduction_timeout_s=_CONNECT_TIMEOUT_S,
+            ) as stream,
+        ):  # fmt: skip
+            answer = decode(await received(stream))
+            if answer.WhichOneof("kind") != "standing":
+                raise BadReply(f"peer {record.peer_id[-8:]} answered something else")
+            return standing_from_wire(answer.standing, store)
+
+    answers = await asyncio.gather(*map(ask, records), return_exceptions=True)
+    standings = {}
+    for record, answer in zip(records, answers, strict=True):
+        if isinstance(answer, Standing):
+            standings[record.peer_id, record.stage] = answer
+        elif isinstance(answer, PeerFailed | TimeoutError):
+            log.info("a member does not say how the run stands peer=%s reason=%s", record.peer_id[-8:], answer)
+        else:
+            raise answer
+    return standings
+
+
+def newest_orders(raws: Iterable[bytes], store: RunStore) -> tuple[Orders, bytes]:
+    """Of those that the owner gave; what anybody else may have made is left out."""
+    newest, newest_raw = NO_ORDERS, b""
+    for raw in raws:
+        try:
+            orders = open_orders(raw, store.run_id, store.owner)
+        except ValueError:
+            continue
+        if orders.serial > newest.serial:
+            newest, newest_raw = orders, raw
+    return newest, newest_raw
