@@ -6,9 +6,9 @@ called as PEFT calls them, and begin as PEFT's do: A uniform, B zero.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from swarm.errors import BadRequest, UserError
 from swarm.run_spec import LoraSettings, RunSpec
 from swarm.training.initial import RandomCheckpoint
+
+# What PEFT takes for parts of experts, where it finds any (utils/transformers_weight_conversion.py there).
+_NAMES_OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +55,12 @@ class AdapterLayout:
         self.spec, self.lora = spec, spec.lora
         model = RandomCheckpoint(spec.config, spec.seed, spec.name)
         self.config = model.config
-        linears, others = _modules_of(model)
-        self.fan_in_fan_out = any(not isinstance(module, nn.Linear) for _, module in linears)
-        """Whether the family's linears keep their weights transposed (GPT-2's), as PEFT wants to know."""
+        found = find_modules(model)
+        check_targets(spec.lora, found)
         names = spec.lora.target_modules
-        check_targets(spec.lora, linears, others)
-        self.targets = tuple(target for target, _ in linears if _is_named(target.name, names))
+        self.fan_in_fan_out = any(not isinstance(module, nn.Linear) for _, module in found.linears)
+        """Whether the family's linears keep their weights transposed (GPT-2's), as PEFT wants to know."""
+        self.targets = tuple(target for target, _ in found.linears if _is_named(target.name, names))
         self._blocks = {name: target.block for target in self.targets for name in (target.a_name, target.b_name)}
 
     def targets_of(self, stage: int) -> list[Target]:
@@ -107,20 +110,42 @@ class AdapterLayout:
 
 
 def find_linears(spec: RunSpec) -> tuple[str, ...]:
-    """Target modules that are all linears of the blocks. Raises UserError if there are none."""
+    """Target modules that are all linears of the blocks, but for those smaller than the rank. Raises UserError if there are none."""
     assert spec.lora is not None
-    linears, others = _modules_of(RandomCheckpoint(spec.config, spec.seed, spec.name))
-    paths = sorted({target.path for target, _ in linears})
+    found = find_modules(RandomCheckpoint(spec.config, spec.seed, spec.name))
+    paths, left_out = set(), list(found.others)
+    for path in {target.path for target, _ in found.linears}:
+        linears = [target for target, _ in found.linears if target.path == path]
+        smallest = min(min(target.num_inputs, target.num_outputs) for target in linears)
+        if smallest < spec.lora.rank or found.is_experts(path):
+            left_out += [target.name for target in linears]
+        else:
+            paths.add(path)
     # As people write them, if that names nothing else.
     short = sorted({path.rpartition(".")[2] for path in paths})
-    names = tuple(paths if any(_is_named(name, short) for name in others) else short)
-    check_targets(spec.lora, linears, others, names)
+    names = tuple(sorted(paths) if any(_is_named(name, short) for name in left_out) else short)
+    check_targets(dataclasses.replace(spec.lora, target_modules=names), found)
     return names
 
 
-def _modules_of(model: RandomCheckpoint) -> tuple[list[tuple[Target, nn.Module]], list[str]]:
-    """All linears of the blocks, and the names of all other modules."""
-    linears, others = [], []
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """What a model is made of."""
+
+    linears: Sequence[tuple[Target, nn.Module]]
+    """Of the blocks."""
+    others: Sequence[str]
+    """Names of all other modules."""
+    has_experts: bool
+    """Whether blocks have weights of several experts in one tensor."""
+
+    def is_experts(self, name: str) -> bool:
+        """Whether PEFT would put an adapter of this name on such a tensor."""
+        return self.has_experts and name.rpartition(".")[2] in _NAMES_OF_EXPERTS
+
+
+def find_modules(model: RandomCheckpoint) -> Modules:
+    linears, others, has_experts = [], [], False
     for name, module in model.modules():
         block, path = model.cut(name)
         sizes = _sizes(module)
@@ -128,45 +153,53 @@ def _modules_of(model: RandomCheckpoint) -> tuple[list[tuple[Target, nn.Module]]
             others.append(name)
         else:
             linears.append((Target(block, path, name, *sizes), module))
-    return linears, others
+        if block is not None:
+            has_experts |= any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+    return Modules(linears, others, has_experts)
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
     """Number of inputs and outputs of a linear; None: it is none."""
     from transformers.pytorch_utils import Conv1D
 
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    return (module.nx, module.nf) if isinstance(module, Conv1D) else None
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    if not isinstance(module, nn.Linear):
+        return None
+    sizes = module.in_features, module.out_features
+    if type(module) is not nn.Linear:  # a router, say, which returns something else
+        output = module(torch.empty(1, 1, sizes[0], device="meta"))
+        return sizes if isinstance(output, Tensor) and output.shape == (1, 1, sizes[1]) else None
+    return sizes
 
 
-def check_targets(
-    lora: LoraSettings, linears: Sequence[tuple[Target, nn.Module]], others: Sequence[str], names: Sequence[str] = ()
-) -> None:
+def check_targets(lora: LoraSettings, found: Modules) -> None:
     """Raise UserError unless every name is that of linears of the blocks, of nothing else, and the rank makes them smaller."""
-    names = names or lora.target_modules
-    there = ", ".join(sorted({target.path for target, _ in linears})[:30]) or "none that an adapter fits on"
-    smallest: dict[str, int] = defaultdict(int)
-    for target, _ in linears:
-        if _is_named(target.name, names):
-            size = min(target.num_inputs, target.num_outputs)
-            smallest[target.path] = min(size, smallest.get(target.path, size))
+    names = lora.target_modules
+    paths = {target.path for target, _ in found.linears if not found.is_experts(target.path)}
+    there = ", ".join(sorted(paths)[:30]) or "none that an adapter fits on"
     for name in names or [""]:
-        if not any(_is_named(target.name, [name]) for target, _ in linears):
+        if not any(_is_named(target.name, [name]) for target, _ in found.linears):
             raise UserError(
                 f"lora.target_modules: {name!r} is no linear of this model's blocks; there are {there}: name some of these"
             )
-        outside = next((other for other in others if _is_named(other, [name])), None)
+        if found.is_experts(name):
+            raise UserError(
+                f"lora.target_modules: PEFT would put {name!r} on the experts of this model, which cannot be adapted here; "
+                f"there are {there}: name some of these"
+            )
+        outside = next((other for other in found.others if _is_named(other, [name])), None)
         if outside is not None:
             raise UserError(
                 f"lora.target_modules: {name!r} is also the name of {outside}, which is no linear of a block; there are {there}: "
                 "write more of the name"
             )
-    for path, size in smallest.items():
-        if lora.rank > size:
+    for target, _ in found.linears:
+        size = min(target.num_inputs, target.num_outputs)
+        if lora.rank > size and _is_named(target.name, names):
             raise UserError(
-                f"lora.rank is {lora.rank}, but {path} has only {size} inputs or outputs: make the rank smaller, or leave "
-                f"{path} out of lora.target_modules"
+                f"lora.rank is {lora.rank}, but {target.path} has only {size} inputs or outputs: make the rank smaller, or leave "
+                f"{target.path} out of lora.target_modules"
             )
 
 

@@ -17,7 +17,7 @@ from swarm.epoch.messages import Place, Term
 from swarm.errors import UserError
 from swarm.run_spec import LoraSettings, Precision, RunSpec
 from swarm.span import Span
-from swarm.training.adapters import AdapterLayout, Target, check_targets, find_linears
+from swarm.training.adapters import AdapterLayout, Modules, Target, check_targets, find_linears
 from swarm.training.ends_replica import load_ends_parameters
 from swarm.training.initial import RandomCheckpoint, initial_digests
 from swarm.training.journal import Journal
@@ -52,6 +52,8 @@ FAMILIES = {
     "gpt2": ("c_attn", "c_fc", "c_proj"),  # Conv1D
     "gpt_neox": ("dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"),
     "opt": ("fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"),
+    "deepseek_v3": ("kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"),  # experts in one tensor
+    "llama4_text": ("k_proj", "o_proj", "q_proj", "v_proj"),  # a router that is a linear and returns two things
     "phi": ("dense", "fc1", "fc2", "k_proj", "q_proj", "v_proj"),
 }
 
@@ -136,8 +138,15 @@ def test_adapters_that_fit_nowhere_are_refused_by_name(name: str) -> None:
 def test_a_name_that_is_also_outside_of_the_blocks_is_refused() -> None:
     """PEFT would put an adapter there, too."""
     linears = [(Target(0, "k_proj", "model.layers.0.k_proj", 8, 8), torch.nn.Linear(8, 8))]
+    lora = LoraSettings(rank=2, target_modules=("k_proj",))
     with pytest.raises(UserError, match=r"'k_proj' is also the name of model\.k_proj"):
-        check_targets(LoraSettings(rank=2), linears, ["model.k_proj"], ("k_proj",))
+        check_targets(lora, Modules(linears, ["model.k_proj"], has_experts=False))
+
+
+def test_what_peft_takes_for_experts_is_refused() -> None:
+    lora = LoraSettings(rank=2, target_modules=("q_b_proj", "down_proj"))
+    with pytest.raises(UserError, match="PEFT would put 'down_proj' on the experts"):
+        AdapterLayout(make_spec(config=spec_of("deepseek_v3").config, lora=lora))
 
 
 def test_runs_with_the_same_blocks_share_their_weights_and_leave_them_as_they_are() -> None:
