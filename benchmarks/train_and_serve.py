@@ -17,8 +17,9 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,12 +121,26 @@ class Turns:
         path.with_suffix(".new").write_text(str(share))
         path.with_suffix(".new").replace(path)
 
-    def wait_until_served(self) -> None:
+    @contextmanager
+    def _sessions(self) -> Iterator[Sessions]:
+        """Sessions that run while the body does."""
+        self._wait_until_served()
+        model = f"run:{self.timed.store.run_id.hex()}@{self.timed.epoch}"
+        peers, cache = self.timed.swarm.initial_peers, self.folder / "client"
+        with swarm.connect(initial_peers=peers, model=model, cache_dir=cache) as client, ThreadPoolExecutor(1) as pool:
+            sessions = Sessions(client.client, self.options)
+            running = pool.submit(client.run, sessions.run())
+            try:
+                while not sessions.opened.wait(0.1) and not running.done():
+                    pass
+                yield sessions
+            finally:
+                sessions.stop.set()
+                running.result()
+
+    def _wait_until_served(self) -> None:
         line = f"serving the weights of epoch={self.timed.epoch} "
         wait_until(lambda: all(line in node.log for node in self.timed.nodes), _SERVED_TIMEOUT_S, line)
-
-    def _sessions(self) -> _Running:
-        return _Running(self)
 
     def _note_tokens(self, sessions: Sessions, turn: str) -> None:
         for name, values in (
@@ -135,7 +150,6 @@ class Turns:
         ):
             self.numbers[f"{name}_p50_ms {turn}"].append(statistics.median(values))
         self.numbers[f"token_p95_ms {turn}"].append(statistics.quantiles(sessions.token_ms, n=20)[-1])
-        self.numbers[f"num_tokens {turn}"].append(len(sessions.token_ms))
 
     def _note_training(self, seconds: float, turn: str) -> None:
         options = self.options
@@ -143,47 +157,15 @@ class Turns:
         for node in self.timed.nodes:
             steps = self.timed.steps_of(node)
             first, last = steps[self.timed.epoch - options.epochs], steps[self.timed.epoch - 1]
-            wall_s = last["at_s"] - first["at_s"]
-            for purpose in ("serving_s", "training_s"):
-                self.numbers[f"device_{purpose} {turn}"].append((last[purpose] - first[purpose]) / wall_s)
-
-
-class _Running:
-    """Sessions that run while the body does."""
-
-    def __init__(self, turns: Turns) -> None:
-        self._turns, self._stack = turns, ExitStack()
-
-    def __enter__(self) -> Sessions:
-        turns, timed = self._turns, self._turns.timed
-        turns.wait_until_served()
-        with ExitStack() as stack:
-            client = stack.enter_context(
-                swarm.connect(
-                    initial_peers=timed.swarm.initial_peers,
-                    model=f"run:{timed.store.run_id.hex()}@{timed.epoch}",
-                    cache_dir=turns.folder / "client",
-                )
-            )
-            sessions = Sessions(client.client, turns.options)
-            pool = stack.enter_context(ThreadPoolExecutor(1))
-            future = pool.submit(client.run, sessions.run())
-            stack.callback(future.result)
-            stack.callback(sessions.stop.set)
-            while not sessions.opened.wait(0.1):
-                if future.done():
-                    future.result()
-            self._stack = stack.pop_all()
-        return sessions
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+            serving_s, training_s = (last[key] - first[key] for key in ("serving_s", "training_s"))
+            self.numbers[f"busy {turn}"].append((serving_s + training_s) / (last["at_s"] - first["at_s"]))
+            self.numbers[f"serving {turn}"].append(serving_s / (serving_s + training_s))
 
 
 def measure(turns: Turns) -> dict[str, Any]:
     shares = turns.options.shares
     turns.set_share(shares[0])
-    turns.timed.train(turns.options.epochs)
+    turns.timed.train(turns.options.epochs)  # the first checkpoint
     for repeat in range(turns.options.repeats):
         turns.serve()
         turns.train()
@@ -208,8 +190,8 @@ def summary(numbers: dict[str, list[float]], shares: list[str]) -> dict[str, Any
     for turn in ("alone", *shares):
         for name in ("token_p50_ms", "token_p95_ms", "queue_p50_ms", "compute_p50_ms", "trained_tokens_per_s"):
             results[f"{name}_{turn}"] = spread(numbers[f"{name} {turn}"])
-        for purpose in ("serving_s", "training_s"):
-            results[f"device_{purpose}_per_s_{turn}"] = spread(numbers[f"device_{purpose} {turn}"])
+        results[f"busy_part_of_devices_{turn}"] = spread(numbers[f"busy {turn}"])
+        results[f"serving_part_of_their_work_{turn}"] = spread(numbers[f"serving {turn}"])
     return results
 
 
@@ -226,9 +208,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="samples of an epoch")
     parser.add_argument("--microbatch", type=int, default=2, help="samples")
     parser.add_argument("--in-flight", type=int, default=4, help="microbatches of the trainer")
-    parser.add_argument("--epochs", type=int, default=4, help="of a turn with training")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of a turn without")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each kind")
+    parser.add_argument("--epochs", type=int, default=3, help="of a turn with training")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of a turn without")
+    parser.add_argument("--repeats", type=int, default=10, help="turns of each kind")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.epochs < 2:
