@@ -1,7 +1,8 @@
-"""A real node or trainer for benchmarks/training.py that writes down when it does what, and whose trainers wait at a gate.
+"""A real node or trainer for benchmarks of training that writes down when it does what, and whose trainers wait at a gate.
 
     python -m benchmarks.timed_member node|trainer ARGUMENTS of swarm-node / swarm
 TRACE (a file) gets a line of JSON for every step. GATE (a file) holds a number: trainers begin no microbatch of that epoch or a later one.
+SHARE (a file) holds a number: nodes give sessions this share of the device, and not that of their flags.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from node.device_share import DeviceShare, Purpose
 from swarm.epoch.messages import EARLY
 from swarm.training import membership
 
 _GATE_POLL_S = 0.05
-times = {"forward_s": 0.0, "backward_s": 0.0, "idle_s": 0.0, "last_backward_at": 0.0}
-"""Of a stage since the start. idle_s: from the last backward of an epoch to the first forward of the next."""
+_SHARE_POLL_S = 0.05
+times = {
+    "forward_s": 0.0, "backward_s": 0.0, "idle_s": 0.0, "last_backward_at": 0.0, "serving_s": 0.0, "training_s": 0.0
+}  # fmt: skip
+"""Of a stage since the start; serving_s and training_s: jobs of sessions and of the training on the device. idle_s: from the last backward of an epoch to the first forward of the next."""
 
 
 class TimedMembership(membership.Membership):
@@ -46,7 +51,7 @@ class TimedMembership(membership.Membership):
 
 def time_stage() -> None:
     """Let the node's stage add up its times."""
-    from node.training import hosted_run
+    from node.training import hosted_run, runtime
     from node.training.stage import TrainableStage
 
     class TimedStage(TrainableStage):
@@ -65,7 +70,23 @@ def time_stage() -> None:
             times["backward_s"] += times["last_backward_at"] - started
             return answer
 
+    class TimedShare(DeviceShare):
+        _looked_at = 0.0
+
+        def choose(self, waiting: Any) -> Purpose:
+            now = time.monotonic()
+            if share and now > self._looked_at + _SHARE_POLL_S:
+                self._looked_at, serving = now, float(Path(share).read_text())
+                self.of.update({Purpose.SERVING: serving, Purpose.TRAINING: 1 - serving})
+            return super().choose(waiting)
+
+        def charge(self, purpose: Purpose, seconds: float) -> None:
+            super().charge(purpose, seconds)
+            times[f"{purpose.name.lower()}_s"] = self.used_s[purpose]
+
+    share = os.environ.get("SHARE")
     hosted_run.TrainableStage = TimedStage  # type: ignore[misc]
+    runtime.DeviceShare = TimedShare  # type: ignore[misc]
     hosted_run.Membership = TimedMembership  # type: ignore[misc]
 
 

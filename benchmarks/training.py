@@ -81,7 +81,8 @@ def train_tokenizer(texts: list[str], vocab_size: int, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def create(folder: Path, options: argparse.Namespace) -> RunStore:
+def create(folder: Path, options: argparse.Namespace, **others: Any) -> RunStore:
+    """others: further rules, and rules that are to be other ones."""
     texts = source_texts()
     tokenizer = folder / "bpe"
     train_tokenizer(texts, options.vocab, tokenizer)
@@ -106,6 +107,7 @@ def create(folder: Path, options: argparse.Namespace) -> RunStore:
         "min_replicas": min(options.replicas, options.trainers),
         "optimizer.lr": 3e-4,
         "end.epochs": 2 + options.epochs * options.repeats,  # a warm-up, and one that nobody begins
+        **others,
     }
     return make_run(folder / "run", texts=texts, config=config, **rules)
 
@@ -199,6 +201,8 @@ class TimedSwarm:
     trainers: list[Process] = field(default_factory=list)
     epoch: int = 0
     """The first that was not let pass."""
+    env: dict[str, str] = field(default_factory=dict)
+    """Of all processes."""
 
     def start(self) -> None:
         self._gate = self.folder / "gate"
@@ -252,7 +256,7 @@ class TimedSwarm:
 
     def _start(self, kind: str, *arguments: str) -> Process:
         name = f"{kind}{len(self.swarm.processes)}"
-        environment = {"TRACE": str(self.folder / f"{name}.trace"), "GATE": str(self._gate)}
+        environment = {"TRACE": str(self.folder / f"{name}.trace"), "GATE": str(self._gate), **self.env}
         command = [sys.executable, "-m", "benchmarks.timed_member", kind, *arguments, "--threads", "1"]
         command += ["--initial-peers", ",".join(self.swarm.initial_peers), "--log-level", "info"]
         command += ["--cache-dir", str(self.folder / "run" / "cache")]
