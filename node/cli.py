@@ -21,6 +21,7 @@ from swarm.flags import (
     listen_option,
     log_level_option,
 )
+from swarm.training.member_config import MembershipConfig
 
 MIB = 2**20
 _FIELD_OF = {
@@ -76,6 +77,12 @@ def cli() -> None:
     help="With --run: also serve generation, with copies of its stage's weights.",
 )
 @click.option(
+    "--donor-mib",
+    type=float,
+    default=32.0,
+    help="With --run: MiB per second that it gives of its states to newcomers, copies and exports, all together.",
+)
+@click.option(
     "--copies/--no-copies",
     default=True,
     help="With --run: also keep copies of other stages' checkpoints that are on one disk only.",
@@ -122,7 +129,9 @@ def cli() -> None:
 )
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Where converted models are kept.")
 @log_level_option
-def run(log_level: str, cache_mib: int, stash_mib: int, max_memory_mib: int | None, **flags: Any) -> None:
+def run(
+    log_level: str, cache_mib: int, stash_mib: int, max_memory_mib: int | None, donor_mib: float, **flags: Any
+) -> None:
     """Join a swarm and serve blocks of a model, or train a stage of a run, until SIGTERM (or Ctrl-C).
 
     Prints "READY {json}" on stdout when it can serve.
@@ -134,6 +143,7 @@ def run(log_level: str, cache_mib: int, stash_mib: int, max_memory_mib: int | No
             cache_bytes=cache_mib * MIB,
             stash_bytes=stash_mib * MIB,
             max_memory_bytes=None if max_memory_mib is None else max_memory_mib * MIB,
+            membership=MembershipConfig(donor_mib_per_s=donor_mib),
             **renamed,
         )
     except SwarmError as error:

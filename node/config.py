@@ -76,6 +76,7 @@ class NodeConfig:
             raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         positive = {
             "--cache-mib": self.cache_bytes,
+            "--donor-mib": self.membership.donor_mib_per_s,
             "--max-sessions": self.max_sessions,
             "--max-sessions-per-peer": self.max_sessions_per_peer,
             "--session-idle": self.session_idle_s,

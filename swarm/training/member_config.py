@@ -30,4 +30,6 @@ class MembershipConfig:
     """A run that stands still because nobody has a stage's newest state goes back to a checkpoint after so long."""
     round_timeout_s: float = 600.0
     download_timeout_s: float = 3600.0
+    donor_mib_per_s: float = 32.0
+    """What it gives of saved states to newcomers and exports, all together."""
     links: LinkConfig = field(default_factory=LinkConfig)

@@ -42,6 +42,7 @@ from swarm.training.links import Links
 from swarm.training.member_config import MembershipConfig
 from swarm.training.member_name import member_name, peer_of, stage_of
 from swarm.training.outcome import apply_commit
+from swarm.training.pace import Pace
 from swarm.training.parameters import GradientSum, StageParameters, StageState, gradient_digest, square_norm
 from swarm.training.requests import Donor
 from swarm.training.rollback import Watch, saved_by_stage
@@ -154,6 +155,7 @@ class Membership:
             kept = resumed.held
             self._held[kept.term, kept.attempt] = Exchanged(kept.vector, None, 0, 0, 0.0, {})
             self.member.hold(kept.term, kept.attempt, kept.digest, kept.square_norm)
+        self._pace = Pace(self.config.donor_mib_per_s * 2**20)
         self._watch = Watch(spec.num_stages, self.config.roll_back_after_s)
         self._residual: Tensor | None = None
         self._averaging: tuple[tuple[Term, int], asyncio.Task[None]] | None = None
@@ -712,10 +714,10 @@ class Membership:
             return
         if request.WhichOneof("kind") == "get_saved" and self.checkpoints is not None:
             if stage == self.stage:
-                await send_saved(stream, self.checkpoints.states, request.get_saved)
+                await send_saved(stream, self.checkpoints.states, request.get_saved, self._pace)
                 return
             if self.copies is not None:
-                await send_saved(stream, self.copies.states(stage), request.get_saved)
+                await send_saved(stream, self.copies.states(stage), request.get_saved, self._pace)
                 return
         if request.WhichOneof("kind") == "get_place" and self._has_weights:
             place, commit = self.weights_at

@@ -24,6 +24,7 @@ from swarm.errors import BadReply, BadRequest, PeerFailed, UserError
 from swarm.member_record import MemberRecord
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host
+from swarm.training.pace import Pace
 from swarm.training.parameters import StageState
 from swarm.training.requests import Donor, open_request, receive_whole, received, send_whole
 from swarm.training.saved_states import PIECE_BYTES, SavedHead, SavedStates
@@ -34,8 +35,6 @@ log = logging.getLogger(__name__)
 MAX_HEAD_BYTES = 64 * 2**20
 MAX_PIECES_PER_REQUEST = 16
 _PIECES_AT_ONCE = 4  # so that several donors share the work
-# After each piece, so that a donor gives at most 200 MiB/s, and its own work goes on.
-_DONOR_PAUSE_S = 0.005
 _TIMEOUT_S = 30.0
 _CONNECT_TIMEOUT_S = 10.0
 _MAX_DONORS = 8
@@ -46,10 +45,10 @@ def donors_of(records: Iterable[MemberRecord], stage: int, place: Place) -> list
     return [Donor(r.peer_id, r.addresses) for r in records if place in r.places_of(stage)]
 
 
-async def send_saved(stream: FramedStream, states: SavedStates, request: training_pb2.GetSaved) -> None:
+async def send_saved(stream: FramedStream, states: SavedStates, request: training_pb2.GetSaved, pace: Pace) -> None:
     """Answer GetSaved, and the requests for pieces that follow."""
     try:
-        await _send_pieces(stream, states, place_from_wire(request.place))
+        await _send_pieces(stream, states, place_from_wire(request.place), pace)
     except BadRequest as error:
         await stream.fail(str(error))
     except UserError as error:
@@ -59,7 +58,7 @@ async def send_saved(stream: FramedStream, states: SavedStates, request: trainin
         )  # what the reason says of this disk is nobody else's
 
 
-async def _send_pieces(stream: FramedStream, states: SavedStates, place: Place) -> None:
+async def _send_pieces(stream: FramedStream, states: SavedStates, place: Place, pace: Pace) -> None:
     """The head, and then what is asked for. Raises BadRequest if there is no such thing, UserError if it is damaged."""
     saved = next((one for one in await asyncio.to_thread(states.found) if one.place == place), None)
     if saved is None:
@@ -79,9 +78,9 @@ async def _send_pieces(stream: FramedStream, states: SavedStates, place: Place) 
                 raise BadRequest("there are no such pieces")
             for number in range(wanted.first, wanted.first + wanted.count):
                 piece = await asyncio.to_thread(opened.read_piece, number)
+                await pace.take(len(piece))
                 async with asyncio.timeout(_TIMEOUT_S):
                     await stream.send([piece])
-                await asyncio.sleep(_DONOR_PAUSE_S)
 
 
 @dataclass
