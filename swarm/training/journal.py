@@ -15,6 +15,7 @@ import os
 import re
 import struct
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,12 +58,13 @@ class KeptSum:
 
 
 class Journal:
-    """Of one stage of a run. Calls block; one thread at a time may make them."""
+    """Of one stage of a run. Calls block. One thread writes and reads; a save in the background may drop meanwhile."""
 
     def __init__(self, folder: Path, run_id: bytes, stage: int, size: int) -> None:
         """size: values of the stage's vector."""
         self._folder, self._run_id, self._stage, self._size = folder, run_id, stage, size
         self._places: list[Place] = []
+        self._changing = threading.Lock()
 
     def __len__(self) -> int:
         """Sums that were written and not dropped since."""
@@ -88,7 +90,8 @@ class Journal:
             if int(path.name.split("-epoch")[1].split("-")[0]) < epoch:
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
-        self._places = [place for place in self._places if place.epoch >= epoch]
+        with self._changing:
+            self._places = [place for place in self._places if place.epoch >= epoch]
 
     def steps_after(self, place: Place) -> Iterator[tuple[Commit, KeptSum | None]]:
         """The steps that were taken from a place on, each with its sum (None: a skipped step)."""
@@ -120,8 +123,9 @@ class Journal:
         return KeptSum(Term(number, peer), attempt, torch.from_numpy(values)) if len(values) == size else None
 
     def _note(self, place: Place) -> None:
-        if place not in self._places:
-            self._places.append(place)
+        with self._changing:
+            if place not in self._places:
+                self._places.append(place)
 
     def _read_commit(self, place: Place) -> Commit | None:
         try:
