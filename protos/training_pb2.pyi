@@ -1,4 +1,5 @@
 from protos import node_pb2 as _node_pb2
+from protos import run_pb2 as _run_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -8,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class MemberMessage(_message.Message):
-    __slots__ = ("introduction", "lead", "hello", "redirect", "where", "lease", "done", "failed", "confirm", "void", "prepare", "abort", "report", "round_failed", "commit", "committed", "excluded", "get_place", "state", "refusal", "get_artifact", "artifact", "get_saved", "saved", "get_pieces", "get_snapshot", "ordered", "put_orders", "standing")
+    __slots__ = ("introduction", "lead", "hello", "redirect", "where", "lease", "done", "failed", "confirm", "void", "prepare", "abort", "report", "round_failed", "commit", "committed", "excluded", "get_place", "state", "refusal", "get_artifact", "artifact", "get_saved", "saved", "get_pieces", "get_snapshot", "ordered", "put_orders", "standing", "put_artifact")
     INTRODUCTION_FIELD_NUMBER: _ClassVar[int]
     LEAD_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +39,7 @@ class MemberMessage(_message.Message):
     ORDERED_FIELD_NUMBER: _ClassVar[int]
     PUT_ORDERS_FIELD_NUMBER: _ClassVar[int]
     STANDING_FIELD_NUMBER: _ClassVar[int]
+    PUT_ARTIFACT_FIELD_NUMBER: _ClassVar[int]
     introduction: Introduction
     lead: Lead
     hello: Hello
@@ -67,7 +69,8 @@ class MemberMessage(_message.Message):
     ordered: Ordered
     put_orders: PutOrders
     standing: Standing
-    def __init__(self, introduction: _Optional[_Union[Introduction, _Mapping]] = ..., lead: _Optional[_Union[Lead, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., redirect: _Optional[_Union[Redirect, _Mapping]] = ..., where: _Optional[_Union[Where, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., confirm: _Optional[_Union[Confirm, _Mapping]] = ..., void: _Optional[_Union[Void, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., round_failed: _Optional[_Union[RoundFailed, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., excluded: _Optional[_Union[Excluded, _Mapping]] = ..., get_place: _Optional[_Union[GetPlace, _Mapping]] = ..., state: _Optional[_Union[StateHeader, _Mapping]] = ..., refusal: _Optional[_Union[_node_pb2.Refusal, _Mapping]] = ..., get_artifact: _Optional[_Union[GetArtifact, _Mapping]] = ..., artifact: _Optional[_Union[Artifact, _Mapping]] = ..., get_saved: _Optional[_Union[GetSaved, _Mapping]] = ..., saved: _Optional[_Union[SavedState, _Mapping]] = ..., get_pieces: _Optional[_Union[GetPieces, _Mapping]] = ..., get_snapshot: _Optional[_Union[GetSnapshot, _Mapping]] = ..., ordered: _Optional[_Union[Ordered, _Mapping]] = ..., put_orders: _Optional[_Union[PutOrders, _Mapping]] = ..., standing: _Optional[_Union[Standing, _Mapping]] = ...) -> None: ...
+    put_artifact: PutArtifact
+    def __init__(self, introduction: _Optional[_Union[Introduction, _Mapping]] = ..., lead: _Optional[_Union[Lead, _Mapping]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., redirect: _Optional[_Union[Redirect, _Mapping]] = ..., where: _Optional[_Union[Where, _Mapping]] = ..., lease: _Optional[_Union[Lease, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., confirm: _Optional[_Union[Confirm, _Mapping]] = ..., void: _Optional[_Union[Void, _Mapping]] = ..., prepare: _Optional[_Union[Prepare, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., round_failed: _Optional[_Union[RoundFailed, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., excluded: _Optional[_Union[Excluded, _Mapping]] = ..., get_place: _Optional[_Union[GetPlace, _Mapping]] = ..., state: _Optional[_Union[StateHeader, _Mapping]] = ..., refusal: _Optional[_Union[_node_pb2.Refusal, _Mapping]] = ..., get_artifact: _Optional[_Union[GetArtifact, _Mapping]] = ..., artifact: _Optional[_Union[Artifact, _Mapping]] = ..., get_saved: _Optional[_Union[GetSaved, _Mapping]] = ..., saved: _Optional[_Union[SavedState, _Mapping]] = ..., get_pieces: _Optional[_Union[GetPieces, _Mapping]] = ..., get_snapshot: _Optional[_Union[GetSnapshot, _Mapping]] = ..., ordered: _Optional[_Union[Ordered, _Mapping]] = ..., put_orders: _Optional[_Union[PutOrders, _Mapping]] = ..., standing: _Optional[_Union[Standing, _Mapping]] = ..., put_artifact: _Optional[_Union[PutArtifact, _Mapping]] = ...) -> None: ...
 
 class Introduction(_message.Message):
     __slots__ = ("version", "run_id", "stage", "is_request", "to_stage")
@@ -397,6 +400,14 @@ class GetArtifact(_message.Message):
     digest: bytes
     def __init__(self, digest: _Optional[bytes] = ...) -> None: ...
 
+class PutArtifact(_message.Message):
+    __slots__ = ("digest", "num_bytes")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    num_bytes: int
+    def __init__(self, digest: _Optional[bytes] = ..., num_bytes: _Optional[int] = ...) -> None: ...
+
 class Artifact(_message.Message):
     __slots__ = ("num_bytes",)
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -448,16 +459,18 @@ class RunOrders(_message.Message):
     def __init__(self, run_id: _Optional[bytes] = ..., serial: _Optional[int] = ..., is_paused: bool = ..., amendments: _Optional[_Iterable[_Union[Amendment, _Mapping]]] = ..., eval_epochs: _Optional[_Iterable[int]] = ..., rollback: _Optional[_Union[Place, _Mapping]] = ...) -> None: ...
 
 class Amendment(_message.Message):
-    __slots__ = ("epoch", "lr", "target_batch", "num_epochs")
+    __slots__ = ("epoch", "lr", "target_batch", "num_epochs", "data")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LR_FIELD_NUMBER: _ClassVar[int]
     TARGET_BATCH_FIELD_NUMBER: _ClassVar[int]
     NUM_EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     lr: float
     target_batch: int
     num_epochs: int
-    def __init__(self, epoch: _Optional[int] = ..., lr: _Optional[float] = ..., target_batch: _Optional[int] = ..., num_epochs: _Optional[int] = ...) -> None: ...
+    data: _run_pb2.RunData
+    def __init__(self, epoch: _Optional[int] = ..., lr: _Optional[float] = ..., target_batch: _Optional[int] = ..., num_epochs: _Optional[int] = ..., data: _Optional[_Union[_run_pb2.RunData, _Mapping]] = ...) -> None: ...
 
 class Ordered(_message.Message):
     __slots__ = ("orders",)

@@ -176,13 +176,13 @@ def _owner_command(name: str) -> Callable[[Callable[..., Any]], Callable[..., An
     return add
 
 
-def _say(method: str, flags: dict[str, Any], *arguments: object) -> None:
+def _say(method: str, flags: dict[str, Any], *arguments: object, **options: object) -> None:
     configure_logging(flags.pop("log_level"))
     from swarm.client import owner
 
     run_id, initial_peers = flags.pop("run_id"), flags.pop("initial_peers")
     hand = owner.Owner(run_id, initial_peers, **flags)
-    click.echo(getattr(hand, method)(*arguments))
+    click.echo(getattr(hand, method)(*arguments, **options))
 
 
 _at_option = click.option("--at", "epoch", type=click.IntRange(min=1), help="Epoch; the soonest possible unless given.")
@@ -204,14 +204,25 @@ def run_resume(**flags: Any) -> None:
 @click.option("--lr", type=click.FloatRange(min=0.0, min_open=True), help="Peak learning rate.")
 @click.option("--batch", "target_batch", type=click.IntRange(min=1), help="Sequences per epoch.")
 @click.option("--epochs", "num_epochs", type=click.IntRange(min=1), help="Where the run ends.")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, path_type=Path),
+    help="File or folder of other training data, of the run's kind; every trainer needs it in its --data folder.",
+)
 @_at_option
 def run_amend(
-    lr: float | None, target_batch: int | None, num_epochs: int | None, epoch: int | None, **flags: Any
+    lr: float | None,
+    target_batch: int | None,
+    num_epochs: int | None,
+    data: Path | None,
+    epoch: int | None,
+    **flags: Any,
 ) -> None:
     """Change rules from an epoch on, for all members at once."""
-    if lr is None and target_batch is None and num_epochs is None:
-        raise click.UsageError("nothing to amend: give --lr, --batch or --epochs")
-    _say("amend", flags, {"lr": lr, "target_batch": target_batch, "num_epochs": num_epochs}, epoch)
+    changes = {"lr": lr, "target_batch": target_batch, "num_epochs": num_epochs}
+    if data is None and not any(changes.values()):
+        raise click.UsageError("nothing to amend: give --lr, --batch, --epochs or --data")
+    _say("amend", flags, changes, epoch, data=data)
 
 
 @_owner_command("end")

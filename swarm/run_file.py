@@ -254,6 +254,21 @@ def _read_data(section: _Section, base: Path) -> tuple[DataSpec, Path | None]:
     return DataSpec(kind=kind, source=source, files=tuple(files), **options), folder
 
 
+def data_like(data: DataSpec, path: Path) -> tuple[DataSpec, Path]:
+    """Other data of the same kind and options, without its manifest, and the folder of its files. ValueError if there is none."""
+    if data.kind is DataKind.OWN:
+        raise ValueError("in this run every trainer brings its own text: there is no data to amend")
+    values = {
+        "kind": str(data.kind),
+        "path": str(path.resolve()),
+        "text_field": data.text_field,
+        "documents_per_chunk": data.documents_per_chunk,
+    }
+    found, folder = _read_data(_Section("data", values), Path())
+    assert folder is not None
+    return found, folder
+
+
 def _glob(name: str, folder: Path, patterns: object) -> list[str]:
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) and pattern for pattern in patterns):

@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from protos import training_pb2
 from swarm.epoch.messages import Place
 from swarm.identity import Identity, verify_signature
-from swarm.run_spec import MAX_EPOCHS, MAX_TARGET_BATCH, RunSpec
+from swarm.run_spec import MAX_EPOCHS, MAX_TARGET_BATCH, DataKind, DataSpec, RunSpec, data_from_wire, data_to_wire
 from swarm.value_checks import check_number, check_whole, require
 
 MAX_ORDERS_BYTES = 4096
@@ -36,6 +36,8 @@ class Amendment:
     """Peak learning rate, as in OptimizerSettings."""
     target_batch: int | None = None
     num_epochs: int | None = None
+    data: DataSpec | None = None
+    """Other training data, whose samples are counted from 0 on."""
 
     def __post_init__(self) -> None:
         check_whole("epoch", self.epoch, 1, MAX_EPOCHS)
@@ -49,10 +51,20 @@ class Amendment:
                 self.num_epochs >= self.epoch,
                 f"num_epochs is {self.num_epochs}, before epoch {self.epoch} from which it is to hold",
             )
+        if self.data is not None:
+            require(self.data.kind is not DataKind.OWN, "data of kind own is the trainers' affair, and not amended")
+            require(
+                bool(self.data.files and self.data.manifest_digest and self.data.num_samples),
+                "data needs files, manifest_digest and num_samples",
+            )
 
     def applied_to(self, spec: RunSpec) -> RunSpec:
         """The rules from this epoch on. ValueError if they make no sense together."""
-        changes = {name: getattr(self, name) for name in ("target_batch", "num_epochs")}
+        require(
+            self.data is None or spec.data.kind is not DataKind.OWN,
+            "in this run every trainer brings its own text: there is no data to amend",
+        )
+        changes = {name: getattr(self, name) for name in ("target_batch", "num_epochs", "data")}
         num_epochs = self.num_epochs or spec.num_epochs
         optimizer = replace(
             spec.optimizer,
@@ -111,12 +123,13 @@ class Orders:
         return self.num_epochs(spec, MAX_EPOCHS)
 
     def first_sample(self, spec: RunSpec, epoch: int) -> int:
-        """Index of an epoch's first sample: all earlier ones have been used."""
+        """Index of an epoch's first sample in its data: all earlier ones have been used."""
         total, since, batch = 0, 0, spec.target_batch
         for amendment in self.amendments:
-            if amendment.target_batch is not None and amendment.epoch < epoch:
+            if amendment.epoch <= epoch:
                 total += (amendment.epoch - since) * batch
-                since, batch = amendment.epoch, amendment.target_batch
+                since, batch = amendment.epoch, amendment.target_batch or batch
+                total = total if amendment.data is None else 0
         return total + (epoch - since) * batch
 
     def may_follow(self, other: Orders, epoch: int) -> bool:
@@ -133,7 +146,7 @@ class Orders:
         """With another amendment, the next serial number; one of the same epoch is completed, later ones are as they were."""
         others = {one.epoch: one for one in self.amendments}
         before = others.get(amendment.epoch, amendment)
-        names = ("lr", "target_batch", "num_epochs")
+        names = ("lr", "target_batch", "num_epochs", "data")
         merged = {
             name: value if (value := getattr(amendment, name)) is not None else getattr(before, name) for name in names
         }
@@ -156,7 +169,11 @@ class Orders:
             is_paused=self.is_paused,
             amendments=[
                 training_pb2.Amendment(
-                    epoch=one.epoch, lr=one.lr, target_batch=one.target_batch, num_epochs=one.num_epochs
+                    epoch=one.epoch,
+                    lr=one.lr,
+                    target_batch=one.target_batch,
+                    num_epochs=one.num_epochs,
+                    data=None if one.data is None else data_to_wire(one.data),
                 )
                 for one in self.amendments
             ],
@@ -215,6 +232,7 @@ def _from_message(message: training_pb2.RunOrders) -> Orders:
                 lr=one.lr if one.HasField("lr") else None,
                 target_batch=one.target_batch if one.HasField("target_batch") else None,
                 num_epochs=one.num_epochs if one.HasField("num_epochs") else None,
+                data=data_from_wire(one.data) if one.HasField("data") else None,
             )
             for one in message.amendments
         ),

@@ -45,6 +45,8 @@ __all__ = [
     "RunSpec",
     "Schedule",
     "certified_run_id",
+    "data_from_wire",
+    "data_to_wire",
     "open_spec",
     "parse_run_id",
     "sign_spec",
@@ -469,8 +471,8 @@ def _to_message(spec: RunSpec) -> run_pb2.RunSpec:
         dropout=spec.dropout,
         averaging=spec.averaging,
         delay=spec.delay,
-        data=_to_data_message(spec.data),
-        held_out=_to_data_message(spec.held_out) if spec.held_out else None,
+        data=data_to_wire(spec.data),
+        held_out=data_to_wire(spec.held_out) if spec.held_out else None,
         eval_every=spec.eval_every,
         num_epochs=spec.num_epochs,
         min_replicas=spec.min_replicas,
@@ -484,7 +486,8 @@ def _to_lora_message(lora: LoraSettings) -> run_pb2.Lora:
     return run_pb2.Lora(rank=lora.rank, alpha=lora.alpha, target_modules=lora.target_modules)
 
 
-def _to_data_message(data: DataSpec) -> run_pb2.RunData:
+def data_to_wire(data: DataSpec) -> run_pb2.RunData:
+    """As protobuf."""
     return run_pb2.RunData(
         kind=data.kind,
         source=data.source,
@@ -524,8 +527,8 @@ def _from_message(message: run_pb2.RunSpec) -> RunSpec:
         dropout=message.dropout,
         averaging=WireFormat(message.averaging),
         delay=message.delay,
-        data=_from_data_message(message.data),
-        held_out=_from_data_message(message.held_out) if message.HasField("held_out") else None,
+        data=data_from_wire(message.data),
+        held_out=data_from_wire(message.held_out) if message.HasField("held_out") else None,
         eval_every=message.eval_every,
         num_epochs=message.num_epochs,
         min_replicas=message.min_replicas,
@@ -539,7 +542,8 @@ def _from_lora_message(message: run_pb2.Lora) -> LoraSettings:
     return LoraSettings(rank=message.rank, alpha=message.alpha, target_modules=tuple(message.target_modules))
 
 
-def _from_data_message(message: run_pb2.RunData) -> DataSpec:
+def data_from_wire(message: run_pb2.RunData) -> DataSpec:
+    """ValueError if it makes no sense."""
     return DataSpec(
         kind=DataKind(message.kind),
         source=message.source,

@@ -4,6 +4,7 @@
     ROOT/runs/RUN_ID/manifest.json          of the training data
     ROOT/runs/RUN_ID/held_out_manifest.json
     ROOT/runs/RUN_ID/tokenizer/             its files, under their names
+    ROOT/runs/RUN_ID/manifest-DIGEST.json   of training data that the owner has amended the rules with
     ROOT/runs/RUN_ID/orders.bin             the newest signed orders of its owner, if there are any
 
 ROOT is the cache (swarm/cache.py). Files are written beside their place and moved there, and checked whenever they are read.
@@ -21,7 +22,7 @@ from typing import Any
 
 from swarm.cache import cache_root, disk_error
 from swarm.errors import UserError
-from swarm.run_spec import RunSpec, open_spec
+from swarm.run_spec import DataSpec, RunSpec, open_spec
 from swarm.tokenizer_files import load_tokenizer
 
 SPEC_FILE = "spec.bin"
@@ -79,9 +80,11 @@ class RunStore:
 
     def missing(self) -> list[bytes]:
         """Digests of the files that are not here, or not as the rules say."""
-        return [
-            digest for digest, names in self._names.items() if any(self._read(name, digest) is None for name in names)
-        ]
+        return [digest for digest in self._names if self.is_missing(digest)]
+
+    def is_missing(self, digest: bytes) -> bool:
+        """Whether the run names such a file, and it is not here as it should be."""
+        return any(self._read(name, digest) is None for name in self._names.get(digest, ()))
 
     def artifact(self, digest: bytes) -> Path:
         """Where the file of this digest is, checked. Raises UserError if it is missing or damaged, KeyError if the run has none."""
@@ -107,13 +110,17 @@ class RunStore:
             self._write(name, content)
         return self.folder / names[0]
 
-    def manifest(self) -> bytes:
-        """The manifest of the training data. Raises UserError if it is missing or damaged, KeyError if there is none."""
-        return self.read(self.spec.data.manifest_digest)
+    def learn(self, data: DataSpec) -> None:
+        """The owner has amended the rules with this data: its manifest belongs to the run's files from now on."""
+        if data.manifest_digest not in self._names:
+            self._names[data.manifest_digest] = [f"manifest-{data.manifest_digest.hex()}.json"]
 
-    def held_out_manifest(self) -> bytes:
-        """The manifest of the held-out data. Raises as `manifest`."""
-        return self.read(self.spec.held_out.manifest_digest if self.spec.held_out else b"")
+    def manifest(self, data: DataSpec | None = None) -> bytes:
+        """The manifest of data, or of the training data as first signed.
+
+        Raises UserError if it is missing or damaged, KeyError if there is none.
+        """
+        return self.read((data or self.spec.data).manifest_digest)
 
     def tokenizer_folder(self) -> Path:
         """The folder of the tokenizer, its files checked. Raises UserError."""

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from swarm.cache import cache_root
 from swarm.client.runs import in_swarm
 from swarm.epoch.messages import Place
-from swarm.errors import UserError
+from swarm.errors import PeerFailed, UserError
 from swarm.identity import Identity
 from swarm.member_record import MemberRecord
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host
 from swarm.records import ShardState
 from swarm.run_creation import OWNER_FILE
+from swarm.run_file import data_like
 from swarm.run_orders import NOTICE_EPOCHS, Amendment, Orders, open_orders, sign_orders
+from swarm.run_spec import DataSpec
 from swarm.run_store import RunStore
+from swarm.training.artifacts import give_artifact
 from swarm.training.find_run import find_run
+from swarm.training.manifest import build_manifest
 from swarm.training.rollback import complete_places, newest, saved_by_stage
 from swarm.training.standing import Standing, ask_standings, newest_orders
 
@@ -86,17 +91,41 @@ class Owner:
 
         return self._steer(steer)
 
-    def amend(self, changes: Mapping[str, float | int | None], epoch: int | None = None) -> str:
-        """changes: of Amendment's fields. epoch: from which on; None: as soon as possible."""
+    def amend(
+        self, changes: Mapping[str, float | int | None], epoch: int | None = None, *, data: Path | None = None
+    ) -> str:
+        """changes: of Amendment's fields. epoch: from which on; None: as soon as possible.
+
+        data: a file or folder of other training data, of the kind that the run's rules say. It is read and tokenised first.
+        """
+        other = None if data is None else self._read_data(data)
 
         async def steer(run: _Steering) -> str:
             def change(orders: Orders, now: int, named: int) -> Orders:
-                return orders.amended(Amendment(epoch=named, **changes))  # type: ignore[arg-type]
+                return orders.amended(Amendment(epoch=named, data=other, **changes))  # type: ignore[arg-type]
 
-            told = ", ".join(f"{name} {value}" for name, value in changes.items() if value is not None)
-            return f"from epoch {await run.name_epoch(change, epoch)} on: {told}{await run.in_force()}"
+            if other is not None:
+                run.store.learn(other)
+                run.artifacts.append(other.manifest_digest)
+            told = [f"{name} {value}" for name, value in changes.items() if value is not None]
+            if other is not None:
+                told.append(f"data {len(other.files)} file(s) with {other.num_samples} samples")
+            return f"from epoch {await run.name_epoch(change, epoch)} on: {', '.join(told)}{await run.in_force()}"
 
         return self._steer(steer)
+
+    def _read_data(self, path: Path) -> DataSpec:
+        """Other data of the run's kind; its manifest is kept here. UserError if it cannot be used."""
+        store = RunStore.open(self._run_id, self._cache_dir)
+        try:
+            data, folder = data_like(store.spec.data, path)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        manifest = build_manifest(data, folder, store.tokenizer(), store.spec.sequence_length)
+        data = replace(data, manifest_digest=manifest.digest, num_samples=manifest.num_samples)
+        store.learn(data)
+        store.put(manifest.digest, manifest.to_bytes())
+        return data
 
     def end(self, epoch: int | None = None) -> str:
         async def steer(run: _Steering) -> str:
@@ -176,6 +205,8 @@ class _Steering:
         self.store = store
         self.waits_for = ""
         """What to tell the owner if there is no more time."""
+        self.artifacts: list[bytes] = []
+        """Files that the orders name, to be handed to the members, by digest."""
         self._given: Orders | None = None
 
     async def look(self, raw: bytes = b"") -> Look:
@@ -207,8 +238,14 @@ class _Steering:
         look = await self.look(raw)
         if look.orders.serial > orders.serial:
             raise UserError("the owner has said something else at the same time, from elsewhere: try again")
-        if not any(standing.orders == raw for standing in look.standings.values()):
+        takers = {who for who, standing in look.standings.items() if standing.orders == raw}
+        if not takers:
             raise UserError("no member took the orders: it may run an older version of the software")
+        for digest in self.artifacts:
+            for record in look.records:
+                if (record.peer_id, record.stage) in takers:
+                    with contextlib.suppress(PeerFailed, TimeoutError):  # others have it by now, and hand it on
+                        await give_artifact(self._host, self.store, record, digest)
         return look
 
     async def name_epoch(self, change: Callable[[Orders, int, int], Orders], epoch: int | None) -> int:

@@ -203,7 +203,13 @@ def status_as_json(status: RunStatus, initial_peer: str, now: float) -> dict[str
         if status.evaluation is None
         else dict(zip(("epoch", "loss"), status.evaluation, strict=True)),
         "amendments": [
-            {"epoch": one.epoch, "lr": one.lr, "target_batch": one.target_batch, "num_epochs": one.num_epochs}
+            {
+                "epoch": one.epoch,
+                "lr": one.lr,
+                "target_batch": one.target_batch,
+                "num_epochs": one.num_epochs,
+                "data_files": None if one.data is None else list(one.data.files),
+            }
             for one in status.orders.amendments
         ],
         "stages": [
@@ -289,7 +295,8 @@ def _owner_lines(status: RunStatus) -> list[str]:
     """What the owner has amended."""
 
     def rules(one: Amendment) -> str:
-        parts = {"lr": one.lr, "batch": one.target_batch, "end after epoch": one.num_epochs}
+        data = None if one.data is None else f"{one.data.source} ({len(one.data.files)} files)"
+        parts = {"lr": one.lr, "batch": one.target_batch, "end after epoch": one.num_epochs, "data": data}
         return ", ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
 
     return [f"amended from epoch {one.epoch} on: {rules(one)}" for one in status.orders.amendments]

@@ -14,8 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,34 +22,29 @@ from torch import Tensor
 from swarm.client.config import ClientConfig
 from swarm.client.stage_hop import StageHops, StageTask
 from swarm.client.trainer_config import TrainerConfig
+from swarm.client.trainer_data import TrainerData
 from swarm.client.training_ends import HeadResult, TrainableEnds, sum_gradients
 from swarm.epoch import member as m
 from swarm.epoch.messages import EARLY, Commit, Place, UnitResult
 from swarm.errors import Outdated, SwarmError, UserError
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import HostConfig, running_host
-from swarm.run_spec import DataKind, DataSpec, Precision
+from swarm.run_spec import Precision
 from swarm.run_store import RunStore
 from swarm.tensors import WireFormat
 from swarm.training.artifacts import fetch_artifacts
 from swarm.training.checkpoints import Checkpoints, Resumed
-from swarm.training.data import Batch, OwnSource, SampleSource
+from swarm.training.course import UnitSamples
 from swarm.training.find_run import find_run
 from swarm.training.initial import open_initial_weights
-from swarm.training.manifest import Manifest
 from swarm.training.membership import Membership
 from swarm.training.run_host import RunHost, run_host
+from swarm.training.standing import newest_rules
 from swarm.training.tokenizer_pool import TokenizerPool
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class Samples(Protocol):
-    """Where batches come from."""
-
-    def batch(self, first: int, count: int) -> Batch: ...
 
 
 @dataclass(slots=True)
@@ -70,7 +64,7 @@ class Trainer:
         run_host: RunHost,
         store: RunStore,
         ends: TrainableEnds,
-        sources: _Sources,
+        data: TrainerData,
         config: TrainerConfig,
         *,
         checkpoints: Checkpoints | None = None,
@@ -81,7 +75,7 @@ class Trainer:
         self.done = asyncio.Event()
         """The run has come to its end, or something failed for good (`failure`)."""
         self.failure: SwarmError | None = None
-        self._sources = sources
+        self._data = data
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._units: dict[int, asyncio.Task[None]] = {}
         self._kept: dict[int, list[Tensor | None]] = {}
@@ -125,7 +119,7 @@ class Trainer:
 
     # Microbatches.
 
-    async def _run_unit(self, order: m.Run, place: Place, samples: range, *, is_eval: bool) -> None:
+    async def _run_unit(self, order: m.Run, place: Place, samples: UnitSamples, *, is_eval: bool) -> None:
         culprit, reason = "", ""
         try:
             result = await self._through_all(order, place, samples, is_eval=is_eval)
@@ -148,11 +142,10 @@ class Trainer:
         await asyncio.sleep(0.02)
         self.membership.feed(m.DidNotRun(order.unit, order.serial, culprit, reason[:200]))
 
-    async def _through_all(self, order: m.Run, place: Place, samples: range, *, is_eval: bool) -> UnitResult:
+    async def _through_all(self, order: m.Run, place: Place, samples: UnitSamples, *, is_eval: bool) -> UnitResult:
         """Forward through all stages, the loss, and backward. The gradient of the ends is kept until its AddEnds."""
-        source = self._sources.held_out if is_eval else self._sources.training
-        assert source is not None
-        batch = await asyncio.to_thread(source.batch, samples.start, len(samples))
+        source = await self._data.of(samples.data)
+        batch = await asyncio.to_thread(source.batch, samples.indices.start, len(samples.indices))
         # Evaluations are of the weights as they are, as are microbatches of the next epoch.
         previous = order.unit < EARLY and not is_eval
 
@@ -163,7 +156,7 @@ class Trainer:
         embedded = await self.on_device(embed)
         inputs = [embedded.detach()]
         tasks = [
-            StageTask(place, order.term, order.unit, stage, owner, samples.start)
+            StageTask(place, order.term, order.unit, stage, owner, samples.indices.start)
             for stage, owner in enumerate(order.owners)
         ]
         for task in tasks:
@@ -229,45 +222,6 @@ def _blaming(task: StageTask):  # type: ignore[no-untyped-def]
         raise _Failed(task.owner.peer, str(error)) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Sources:
-    training: Samples
-    held_out: Samples | None
-
-
-def open_sources(store: RunStore, config: TrainerConfig, pool: TokenizerPool | None) -> _Sources:
-    """The run's data, or the trainer's own. Raises UserError if it is not where it should be, or not what it should be."""
-    spec = store.spec
-    tokenizer = store.tokenizer()
-    held_out = None
-    if spec.held_out is not None:
-        folder = _data_folder(spec.held_out, config.held_out, "--held-out")
-        manifest = Manifest.from_bytes(store.held_out_manifest(), spec.held_out.manifest_digest)
-        held_out = SampleSource(spec.held_out, manifest, folder, tokenizer, spec.sequence_length, spec.seed, pool=pool)
-    if spec.data.kind is DataKind.OWN:
-        if config.data is None:
-            raise UserError("in this run every trainer brings its own text: give --data FILE-OR-FOLDER")
-        own = OwnSource(
-            config.data, tokenizer, spec.sequence_length, spec.seed, text_field=spec.data.text_field, pool=pool
-        )
-        return _Sources(own, held_out)
-    folder = _data_folder(spec.data, config.data, "--data")
-    manifest = Manifest.from_bytes(store.manifest(), spec.data.manifest_digest)
-    return _Sources(
-        SampleSource(spec.data, manifest, folder, tokenizer, spec.sequence_length, spec.seed, pool=pool), held_out
-    )
-
-
-def _data_folder(data: DataSpec, given: Path | None, flag: str) -> Path:
-    folder = given or Path(data.source)
-    missing = [name for name in data.files if not (folder / name).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder} has no {missing[0]}, which the run's data consists of: say where it is with {flag} FOLDER"
-        )
-    return folder
-
-
 @contextlib.asynccontextmanager
 async def open_trainer(config: TrainerConfig, pool: TokenizerPool | None = None) -> AsyncIterator[Trainer]:
     """Join the swarm and the run, and train while the body runs. Raises SwarmError with a line for the user.
@@ -282,17 +236,25 @@ async def open_trainer(config: TrainerConfig, pool: TokenizerPool | None = None)
         stack.push_async_callback(directory.close)
         store = await find_run(directory, config.run_id, config.cache_dir)
         await fetch_artifacts(host, directory, store)
+        told, epoch = await newest_rules(host, directory, store)
+        data = TrainerData(host, directory, store, config, pool)
+        stack.push_async_callback(data.aclose)
 
-        def load() -> tuple[TrainableEnds, _Sources, Checkpoints, Resumed | None]:
+        def load() -> tuple[TrainableEnds, Checkpoints, Resumed | None]:
             if config.threads is not None:
                 torch.set_num_threads(config.threads)
             ends = TrainableEnds(open_initial_weights(store.spec), store.spec)
             checkpoints = Checkpoints(store, store.spec.ends_stage, ends.parameters.size)
-            return ends, open_sources(store, config, pool), checkpoints, checkpoints.resume(ends.parameters)
+            return ends, checkpoints, checkpoints.resume(ends.parameters)
 
-        ends, sources, checkpoints, resumed = await asyncio.to_thread(load)
+        ends, checkpoints, resumed = await asyncio.to_thread(load)
+        rules = told.spec_at(store.spec, epoch if resumed is None else max(epoch, resumed.place.epoch))
+        for one in (rules.data, rules.held_out):
+            if one is not None:
+                await data.of(one)  # it is better to fail now
         shared = await stack.enter_async_context(run_host(host, directory))
-        trainer = Trainer(shared, store, ends, sources, config, checkpoints=checkpoints, resumed=resumed)
+        trainer = Trainer(shared, store, ends, data, config, checkpoints=checkpoints, resumed=resumed)
+        trainer.membership.on_orders.append(data.prepare)
         if trainer.membership.is_over:
             trainer.done.set()
         stack.push_async_callback(trainer.aclose)

@@ -12,7 +12,7 @@ from swarm.p2p.directory import Directory
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host
 from swarm.run_store import MAX_ARTIFACT_BYTES, RunStore
-from swarm.training.requests import Donor, open_request, receive_whole, received, send_whole
+from swarm.training.requests import Donor, open_request, receive_whole, received, send_content, send_whole
 from swarm.training.wire import decode
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,45 @@ async def send_artifact(stream: FramedStream, store: RunStore, digest: bytes) ->
     async with asyncio.timeout(_TIMEOUT_S):
         await send_whole(stream, answer, content)
         await stream.receive()
+
+
+async def take_artifact(stream: FramedStream, store: RunStore, offer: training_pb2.PutArtifact) -> None:
+    """Answer PutArtifact: keep the file if the run names it and it is not here."""
+    if not await asyncio.to_thread(store.is_missing, offer.digest):
+        await stream.fail("this member has that file, or does not need it")
+        return
+    async with asyncio.timeout(_TIMEOUT_S):
+        content = await receive_whole(stream, offer.num_bytes, MAX_ARTIFACT_BYTES)
+    try:
+        await asyncio.to_thread(store.put, offer.digest, content)
+    except (ValueError, UserError) as error:
+        await stream.fail(str(error))
+        return
+    answer = training_pb2.MemberMessage(artifact=training_pb2.Artifact(num_bytes=len(content)))
+    async with asyncio.timeout(_TIMEOUT_S):
+        await stream.send([answer.SerializeToString()])
+        await stream.receive()
+
+
+async def give_artifact(host: Host, store: RunStore, member: MemberRecord, digest: bytes) -> None:
+    """Hand a file to a member. Raises PeerFailed if it does not take it, be it that it has it already."""
+    content = await asyncio.to_thread(store.read, digest)
+    offer = training_pb2.MemberMessage(put_artifact=training_pb2.PutArtifact(digest=digest, num_bytes=len(content)))
+    donor = Donor(member.peer_id, member.addresses)
+    async with (
+        asyncio.timeout(_TIMEOUT_S),
+        open_request(
+            host,
+            donor,
+            store.run_id,
+            member.stage,
+            offer,
+            connect_timeout_s=_CONNECT_TIMEOUT_S,
+            introduction_timeout_s=_TIMEOUT_S,
+        ) as stream,
+    ):
+        await send_content(stream, content)
+        await received(stream)
 
 
 async def _fetch(host: Host, run_id: bytes, member: MemberRecord, digest: bytes) -> bytes:

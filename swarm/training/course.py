@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from swarm.epoch.messages import EARLY, Commit, Place, Rules
 from swarm.errors import BadReply, UserError
 from swarm.run_orders import NO_ORDERS, Orders, open_orders
-from swarm.run_spec import RunSpec
+from swarm.run_spec import DataSpec, RunSpec
 from swarm.run_store import RunStore
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitSamples:
+    """What a microbatch consists of."""
+
+    data: DataSpec
+    indices: range
 
 
 class RunCourse:
@@ -24,8 +33,7 @@ class RunCourse:
         self.newest = NO_ORDERS
         raw = store.read_orders()
         try:
-            self.newest = self._opened(raw)
-            self.newest_raw = raw
+            self._take(raw, self._opened(raw))
         except ValueError as error:
             log.warning("orders on this disk not used reason=%s", error)
 
@@ -37,12 +45,18 @@ class RunCourse:
             raise BadReply(f"orders are refused: {error}") from error
         if orders.serial <= self.newest.serial:
             return False
-        self.newest, self.newest_raw = orders, raw
+        self._take(raw, orders)
         try:
             self._store.keep_orders(raw)
         except UserError as error:
             log.error("orders not kept serial=%d reason=%s", orders.serial, error)
         return True
+
+    def _take(self, raw: bytes, orders: Orders) -> None:
+        self.newest, self.newest_raw = orders, raw
+        for amendment in orders.amendments:
+            if amendment.data is not None:
+                self._store.learn(amendment.data)
 
     def check(self, commit: Commit | None) -> None:
         """BadReply if it carries what the owner did not say."""
@@ -60,8 +74,8 @@ class RunCourse:
         """The rules of the epoch after a commit."""
         return self.orders_of(commit).spec_at(self.spec, 0 if commit is None else commit.epoch + 1)
 
-    def samples_of(self, epoch: int, unit: int, commit: Commit | None) -> range:
-        """Sample indices of a microbatch: of the epoch's, of the next one's, or of the held-out data from 0 on.
+    def samples_of(self, epoch: int, unit: int, commit: Commit | None) -> UnitSamples:
+        """The samples of a microbatch: of the epoch's, of the next one's, or of the held-out data from 0 on.
 
         commit: the one before the epoch.
         """
@@ -72,10 +86,11 @@ class RunCourse:
         num_units = num_units_of(spec)
         if unit >= num_units:
             first = (unit - num_units) * spec.microbatch
-            return range(first, min(first + spec.microbatch, spec.num_eval_samples))
+            assert spec.held_out is not None
+            return UnitSamples(spec.held_out, range(first, min(first + spec.microbatch, spec.num_eval_samples)))
         begin = orders.first_sample(self.spec, epoch)
         first = begin + unit * spec.microbatch
-        return range(first, min(first + spec.microbatch, begin + spec.target_batch))
+        return UnitSamples(spec.data, range(first, min(first + spec.microbatch, begin + spec.target_batch)))
 
     # As the state machine asks (swarm.epoch.messages.Course).
 

@@ -31,13 +31,14 @@ from swarm.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
 from swarm.p2p.averaging import Exchanged, plan_exchange, share_out
 from swarm.p2p.framing import FramedStream
 from swarm.records import MAX_LIFETIME_S, ShardState
+from swarm.run_orders import Orders
 from swarm.run_spec import RunSpec
 from swarm.run_store import RunStore
-from swarm.training.artifacts import send_artifact
+from swarm.training.artifacts import send_artifact, take_artifact
 from swarm.training.catch_up import ask_place, fetch_snapshot, send_place
 from swarm.training.checkpoints import Checkpoints, Resumed, Saving
 from swarm.training.copies import CopyStore, safe_place
-from swarm.training.course import RunCourse
+from swarm.training.course import RunCourse, UnitSamples
 from swarm.training.links import Links
 from swarm.training.member_config import MembershipConfig
 from swarm.training.member_name import member_name, peer_of, stage_of
@@ -149,6 +150,7 @@ class Membership:
             term_step=TERM_STEP,
         )  # fmt: skip
         self.on_commit: list[Callable[[Commit], None]] = []
+        self.on_orders: list[Callable[[Orders], None]] = []
         self._events: asyncio.Queue[m.Event | _Snapshot] = asyncio.Queue()
         self._held: dict[tuple[Term, int], Exchanged] = {}
         if resumed is not None and resumed.held is not None:
@@ -224,8 +226,8 @@ class Membership:
         """The rules of this epoch, as the owner has amended them."""
         return self.course.orders_of(self.member.last_commit).spec_at(self.spec, self.place.epoch)
 
-    def samples_of(self, unit: int) -> range:
-        """Sample indices of a microbatch of this epoch."""
+    def samples_of(self, unit: int) -> UnitSamples:
+        """The samples of a microbatch of this epoch."""
         return self.course.samples_of(self.place.epoch, unit, self.member.last_commit)
 
     def addresses_of(self, peer_id: str) -> tuple[str, ...]:
@@ -451,6 +453,8 @@ class Membership:
         for peer in self.member.known.keys() - self.member.lost - {self.name}:
             self._links.send(peer, Ordered(raw))
         self._search_now.set()
+        for callback in self.on_orders:
+            callback(self.course.newest)
         self.feed(m.Steered())
 
     def has_news(self) -> None:
@@ -706,6 +710,9 @@ class Membership:
     async def _on_request(self, stage: int, request: training_pb2.MemberMessage, stream: FramedStream) -> None:
         if request.WhichOneof("kind") == "get_artifact":
             await send_artifact(stream, self._store, request.get_artifact.digest)
+            return
+        if request.WhichOneof("kind") == "put_artifact":
+            await take_artifact(stream, self._store, request.put_artifact)
             return
         if request.WhichOneof("kind") == "put_orders":
             if request.put_orders.orders:

@@ -55,6 +55,11 @@ async def received(stream: FramedStream) -> bytes:
 async def send_whole(stream: FramedStream, answer: training_pb2.MemberMessage, content: bytes) -> None:
     """An answer, which says how long the content is, and the content."""
     await stream.send([answer.SerializeToString()])
+    await send_content(stream, content)
+
+
+async def send_content(stream: FramedStream, content: bytes) -> None:
+    """In raw messages."""
     for start in range(0, len(content), _PIECE_BYTES):
         await stream.send([content[start : start + _PIECE_BYTES]])
 

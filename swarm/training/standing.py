@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -12,11 +13,15 @@ from protos import training_pb2
 from swarm.epoch.messages import Commit, Place
 from swarm.errors import BadReply, PeerFailed
 from swarm.member_record import MemberRecord
+from swarm.p2p.directory import Directory
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host
+from swarm.records import ShardState
 from swarm.run_orders import NO_ORDERS, Orders, open_orders
 from swarm.run_store import RunStore
+from swarm.training.course import RunCourse
 from swarm.training.requests import Donor, open_request, received
+from swarm.training.rollback import newest
 from swarm.training.wire import commit_from_wire, commit_to_wire, decode, is_signed, place_from_wire, place_to_wire
 
 log = logging.getLogger(__name__)
@@ -97,6 +102,19 @@ async def ask_standings(
         else:
             raise answer
     return standings
+
+
+async def newest_rules(host: Host, directory: Directory, store: RunStore) -> tuple[Orders, int]:
+    """What the owner has said, as members know it who are there, and the epoch of the one that is furthest; both are kept here."""
+    records = await directory.find_members(store.run_id, range(store.spec.num_stages))
+    present = [record for record in records if record.state != ShardState.LEAVING and record.peer_id != host.peer_id]
+    standings = (await ask_standings(host, store, present)).values()
+    course = RunCourse(store)
+    for standing in standings:
+        with contextlib.suppress(BadReply):
+            course.hear(standing.orders)
+    place = newest(standing.place for standing in standings)
+    return course.newest, 0 if place is None else place.epoch
 
 
 def newest_orders(raws: Iterable[bytes], store: RunStore) -> tuple[Orders, bytes]:

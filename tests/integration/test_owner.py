@@ -59,8 +59,11 @@ def said(done: Finished) -> str:
 
 def test_a_run_follows_its_owner(training: TrainingSwarm, command: Command) -> None:
     nodes = [training.start_node(0), training.start_node(1), training.start_node(1)]
+    nodes[0].ready()  # whoever has an empty cache gets the rules from others
     log = training.folder / "log.jsonl"
-    trainer = training.start_trainer("--held-out", str(training.folder / "held_out"), "--log-file", str(log))
+    trainer = training.start_trainer(
+        "--held-out", str(training.folder / "held_out"), "--log-file", str(log), cache=training.folder / "trainer cache"
+    )
     members = [*nodes, trainer]
 
     def epoch() -> int:
@@ -68,7 +71,8 @@ def test_a_run_follows_its_owner(training: TrainingSwarm, command: Command) -> N
 
     wait_until(lambda: epoch() > 3, 60, "the run begins")
     told = re.fullmatch(
-        r"from epoch (\d+) on: lr 0\.0005, target_batch 12", said(command("amend", "--lr", "0.0005", "--batch", "12"))
+        r"from epoch (\d+) on: lr 0\.0005, target_batch 12(; the members know it.*)?",
+        said(command("amend", "--lr", "0.0005", "--batch", "12")),
     )
     assert told is not None
     amended = int(told[1])
@@ -82,7 +86,8 @@ def test_a_run_follows_its_owner(training: TrainingSwarm, command: Command) -> N
     paused = int(re.fullmatch(r"paused: no epoch after (\d+) begins; .*", said(command("pause")))[1])  # type: ignore[index]
     status = json.loads(said(command("status", "--json")))
     assert status["is_paused"] and status["stands_still"] and status["epoch"] <= paused + 1
-    assert status["amendments"] == [{"epoch": amended, "lr": 0.0005, "target_batch": 12, "num_epochs": None}]
+    changed = {"epoch": amended, "lr": 0.0005, "target_batch": 12, "num_epochs": None, "data_files": None}
+    assert status["amendments"] == [changed]
     assert status["evaluation"] == {"epoch": int(told[1]), "loss": pytest.approx(float(told[2]), abs=1e-4)}
     shown = said(command("status"))
     assert "paused by its owner" in shown and "the run stands still since" in shown
@@ -94,13 +99,20 @@ def test_a_run_follows_its_owner(training: TrainingSwarm, command: Command) -> N
     nodes[2] = members[2] = training.start_node(1, cache=training.folder / "other cache")
     assert epoch() == status["epoch"] <= paused + 1, "it is paused"
 
+    (training.folder / "data" / "more.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ALICE[:3])
+    )
+    ahead = str(status["epoch"] + 3)
+    told = said(command("amend", "--data", str(training.folder / "data" / "more.jsonl"), "--at", ahead))
+    assert re.fullmatch(rf"from epoch {ahead} on: data 1 file\(s\) with \d+ samples; the members know it.*", told), told
+
     goal = (paused // 10) * 10
     assert said(command("rollback", str(goal))) == f"the run went back to epoch {goal}; it is paused"
     refused = command("rollback", str(goal + 1))
     assert refused.code == 1 and "choose one of " in refused.err and str(goal) in refused.err
     assert said(command("resume")) == f"the run goes on from epoch {goal}"
-    wait_until(lambda: training.steps_of(nodes[2]), 60, "the newcomer steps")
-    end = int(re.fullmatch(r"the run ends after (\d+) epochs", said(command("end")))[1])  # type: ignore[index]
+    wait_until(lambda: int(ahead) + 1 in training.steps_of(nodes[2]), 60, "the newcomer steps, with the other data")
+    end = int(re.match(r"the run ends after (\d+) epochs", said(command("end")))[1])  # type: ignore[index]
     assert trainer.wait(60) == 0
 
     def last_steps() -> list[dict[str, Any]]:
@@ -117,13 +129,16 @@ def test_a_run_follows_its_owner(training: TrainingSwarm, command: Command) -> N
         (training.folder / "other cache" / "runs" / training.run_id / "orders.bin").read_bytes(),
         training.store.run_id, training.store.owner,
     )  # fmt: skip
+    (data,) = [amendment.data for amendment in orders.amendments if amendment.data is not None]
+    training.store.learn(data)
     expected = train_in_one_process(
         dataclasses.replace(spec, num_epochs=end),
         samples_of_run(training.store, training.folder / "data"),
         orders=orders,
+        others={data.manifest_digest: samples_of_run(training.store, training.folder / "data", data)},
     )
     steps = training.steps_of(trainer)
-    for number in (0, amended - 1, amended, end - 1):
+    for number in (0, amended - 1, amended, int(ahead) - 1, int(ahead), end - 1):
         assert steps[number]["loss"] == pytest.approx(expected.losses[number], rel=1e-5)
     assert largest_error(weights_of_run(training, nodes[:2], trainer), expected.weights) < 1e-5
 

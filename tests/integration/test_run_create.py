@@ -110,7 +110,7 @@ def test_the_run_is_kept_with_all_that_its_rules_name(folder: Path, store: RunSt
     assert manifest.num_samples == spec.data.num_samples > 0
     assert spec.data.files == ("train-0.jsonl", "train-1.jsonl") == tuple(name for name, _ in manifest.files)
     assert spec.held_out is not None
-    held_out = Manifest.from_bytes(store.held_out_manifest(), spec.held_out.manifest_digest)
+    held_out = Manifest.from_bytes(store.manifest(spec.held_out), spec.held_out.manifest_digest)
     assert spec.held_out.files == ("held.txt",) and held_out.num_samples == spec.held_out.num_samples > 0
     text = "A swarm of small machines"
     assert store.tokenizer()(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]

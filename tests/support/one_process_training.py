@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from swarm.run_orders import NO_ORDERS, Orders
-from swarm.run_spec import Precision, RunSpec
+from swarm.run_spec import DataSpec, Precision, RunSpec
 from swarm.run_store import RunStore
 from swarm.span import Span
 from swarm.training.data import SampleSource
@@ -30,10 +30,11 @@ class Outcome:
     """By name, at the end."""
 
 
-def samples_of_run(store: RunStore, folder: Path) -> SampleSource:
-    spec = store.spec
-    manifest = Manifest.from_bytes(store.manifest(), spec.data.manifest_digest)
-    return SampleSource(spec.data, manifest, folder, store.tokenizer(), spec.sequence_length, spec.seed)
+def samples_of_run(store: RunStore, folder: Path, data: DataSpec | None = None) -> SampleSource:
+    """data: other than the run began with."""
+    spec, data = store.spec, data or store.spec.data
+    manifest = Manifest.from_bytes(store.manifest(data), data.manifest_digest)
+    return SampleSource(data, manifest, folder, store.tokenizer(), spec.sequence_length, spec.seed)
 
 
 def whole_model(spec: RunSpec) -> Any:
@@ -46,8 +47,10 @@ def whole_model(spec: RunSpec) -> Any:
     return kind.from_pretrained(None, config=source.config, state_dict=weights, dtype=torch.float32).train()
 
 
-def train_in_one_process(spec: RunSpec, source: Any, *, wrong: str = "", orders: Orders = NO_ORDERS) -> Outcome:
-    """orders: of the run's owner. wrong: a planted bug: "dropped" or "doubled" microbatch, or "unweighted" mean of two replicas' means."""
+def train_in_one_process(
+    spec: RunSpec, source: Any, *, wrong: str = "", orders: Orders = NO_ORDERS, others: dict[bytes, Any] | None = None
+) -> Outcome:
+    """orders: of the run's owner. others: sources of the data that they name, by digest. wrong: a planted bug: "dropped" or "doubled" microbatch, or "unweighted" mean of two replicas' means."""
     model = whole_model(spec)
     if spec.lora is not None:
         from tests.support.one_process_lora import peft_model, plain_name
@@ -69,7 +72,9 @@ def train_in_one_process(spec: RunSpec, source: Any, *, wrong: str = "", orders:
     waiting: deque[list[Tensor]] = deque()
     for epoch in range(spec.num_epochs):
         first = orders.first_sample(spec, epoch)
-        gradients, loss = _gradients(orders.spec_at(spec, epoch), model, named, source, epoch, first, wrong)
+        rules = orders.spec_at(spec, epoch)
+        used = (others or {}).get(rules.data.manifest_digest, source)
+        gradients, loss = _gradients(rules, model, named, used, epoch, first, wrong)
         losses.append(loss)
         waiting.append(gradients)
         # With a delay of one epoch this gradient waits, and the one before is applied; the last is applied at the end.

@@ -336,7 +336,7 @@ def test_a_run_is_kept_and_found_again_with_its_files(tmp_path: Path, signed: tu
         assert store.put(digest, content) == store.artifact(digest)
     again = RunStore.open(run_id, tmp_path)
     assert (again.raw, again.spec, again.owner) == (raw, store.spec, store.owner)
-    assert again.missing() == [] and again.manifest() == again.held_out_manifest() == MANIFEST
+    assert again.missing() == [] and again.manifest() == again.manifest(again.spec.held_out) == MANIFEST
     assert {path.name for path in again.tokenizer_folder().iterdir()} == {"tokenizer.json", "vocab.json"}
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert names == {
