@@ -1,4 +1,4 @@
-"""Command line of runs: swarm run create | publish | show | status | pause | resume | amend | end | eval | rollback."""
+"""Command line of runs: swarm run create | publish | show | restore | status | pause | resume | amend | end | eval | rollback."""
 
 from __future__ import annotations
 
@@ -124,6 +124,41 @@ def run_show(
 
         store = fetch_run(run_id, initial_peers, timeout_s, cache_dir)
     click.echo(json.dumps(run_as_json(store)) if as_json else run_as_text(store))
+
+
+@run.command("restore")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--stage",
+    "stages",
+    multiple=True,
+    metavar="N",
+    help="Only the state of this stage, or of the `ends`; may be given several times.  [default: all]",
+)
+@run_options(peers_required=False)
+def run_restore(
+    folder: Path,
+    stages: tuple[str, ...],
+    initial_peers: tuple[str, ...],
+    timeout_s: float,
+    cache_dir: Path | None,
+    log_level: str,
+) -> None:
+    """Put a run that is gone back on this machine, from an export with --moments in FOLDER; members started here go on from it.
+
+    Prints the run id. It is the same run, with the rules and the orders of its owner.
+    """
+    configure_logging(log_level)
+    from swarm.training.run_folder import restore_run
+
+    restored = restore_run(folder, cache_dir, stages)
+    store = restored.store
+    click.echo(store.run_id.hex())
+    from swarm.client.runs import commands_to_go_on, publish_run
+
+    if initial_peers:
+        publish_run(store, initial_peers, timeout_s)
+    click.echo(commands_to_go_on(restored, initial_peers[0] if initial_peers else "MULTIADDR"), err=True)
 
 
 def show_status(

@@ -22,7 +22,7 @@ from typing import Any
 
 from swarm.cache import cache_root, disk_error
 from swarm.errors import UserError
-from swarm.run_spec import DataSpec, RunSpec, open_spec
+from swarm.run_spec import DataSpec, RunSpec, certified_run_id, open_spec
 from swarm.tokenizer_files import load_tokenizer
 
 SPEC_FILE = "spec.bin"
@@ -35,7 +35,7 @@ MAX_ARTIFACT_BYTES = 256 * 2**20
 
 
 class RunStore:
-    """One run on this disk. Made by `RunStore.save`, `RunStore.open` or `RunStore.find`."""
+    """One run on this disk. Made by `RunStore.save`, `RunStore.open` or `RunStore.find`; anywhere else by `RunStore.load`."""
 
     def __init__(self, folder: Path, run_id: bytes, raw: bytes) -> None:
         """ValueError if raw is not the signed rules of this run."""
@@ -51,14 +51,14 @@ class RunStore:
     @classmethod
     def save(cls, raw: bytes, run_id: bytes, cache_dir: Path | None = None) -> RunStore:
         """Keep the signed rules of a run, from the DHT or just made. ValueError if they are not of this run."""
-        store = cls(_folder(run_id, cache_dir), run_id, raw)
+        store = cls(folder_of_run(run_id, cache_dir), run_id, raw)
         store._write(SPEC_FILE, raw)
         return store
 
     @classmethod
     def find(cls, run_id: bytes, cache_dir: Path | None = None) -> RunStore | None:
         """The run, if its rules are on this disk and whole."""
-        folder = _folder(run_id, cache_dir)
+        folder = folder_of_run(run_id, cache_dir)
         try:
             return cls(folder, run_id, (folder / SPEC_FILE).read_bytes())
         except (OSError, ValueError):
@@ -70,9 +70,27 @@ class RunStore:
         store = cls.find(run_id, cache_dir)
         if store is None:
             raise UserError(
-                f"run {run_id.hex()} is not kept in {_folder(run_id, cache_dir)}: fetch it with `swarm run show`"
+                f"run {run_id.hex()} is not kept in {folder_of_run(run_id, cache_dir)}: fetch it with `swarm run show`"
             )
         return store
+
+    @classmethod
+    def load(cls, folder: Path) -> RunStore:
+        """Whichever run is in a folder of this layout, not in the cache. Raises UserError."""
+        try:
+            raw = (folder / SPEC_FILE).read_bytes()
+            return cls(folder, certified_run_id(raw), raw)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"{folder} holds no run: {SPEC_FILE} cannot be used ({reason})") from error
+
+    def copy_to(self, folder: Path) -> RunStore:
+        """The same rules and files in another folder. Raises UserError, also if a file is missing here."""
+        copy = RunStore(folder, self.run_id, self.raw)
+        for digest in self._names:
+            copy.put(digest, self.read(digest))
+        copy._write(SPEC_FILE, self.raw)
+        return copy
 
     def artifacts(self) -> dict[bytes, Path]:
         """Where each file that the rules name by digest is, or belongs: SHA-256 of tokenizer files, 16 bytes of manifests."""
@@ -170,6 +188,11 @@ class RunStore:
             raise disk_error(self.folder, error) from error
 
 
+def folder_of_run(run_id: bytes, cache_dir: Path | None = None) -> Path:
+    """Where this machine keeps a run, or would."""
+    return cache_root(cache_dir) / "runs" / run_id.hex()
+
+
 def artifact_digest(content: bytes) -> bytes:
     """SHA-256. Manifests are named by its first 16 bytes."""
     return hashlib.sha256(content).digest()
@@ -185,7 +208,3 @@ def _names_of(spec: RunSpec) -> dict[bytes, list[str]]:
     if spec.held_out is not None:
         names[spec.held_out.manifest_digest].append(HELD_OUT_MANIFEST_FILE)
     return dict(names)
-
-
-def _folder(run_id: bytes, cache_dir: Path | None) -> Path:
-    return cache_root(cache_dir) / "runs" / run_id.hex()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from swarm.client.config import ClientConfig
 from swarm.client.connect import open_directory
@@ -15,6 +15,9 @@ from swarm.p2p.host import Host
 from swarm.records import MAX_LIFETIME_S
 from swarm.run_store import RunStore
 from swarm.training.find_run import find_run
+
+if TYPE_CHECKING:
+    from swarm.training.run_folder import Restored
 
 Answer = TypeVar("Answer")
 
@@ -76,3 +79,21 @@ def next_commands(store: RunStore, initial_peer: str) -> str:
         f"Train:         swarm train {run_id} --initial-peers {initial_peer}\n"
         f"Its rules:     swarm run show {run_id} --initial-peers {initial_peer}"
     )
+
+
+def commands_to_go_on(restored: Restored, initial_peer: str) -> str:
+    """What to type where a run was restored."""
+    store, spec = restored.store, restored.store.spec
+    run_id, peers = store.run_id.hex(), f"--initial-peers {initial_peer}"
+    lines = [f"epoch {restored.place.epoch} is here; start on this machine, for others to join from anywhere:"]
+    for stage in restored.stages:
+        if stage == spec.ends_stage:
+            lines.append(f"The ends, and train:  swarm train {run_id} {peers}")
+        else:
+            blocks = f"--blocks {spec.stages[stage]}"
+            lines.append(f"Stage {stage}:  swarm-node run --run {run_id} {blocks} {peers}")
+    others = [stage for stage in range(spec.num_stages) if stage not in restored.stages]
+    if others:
+        names = ", ".join("ends" if stage == spec.ends_stage else str(stage) for stage in others)
+        lines.append(f"Restore elsewhere, with --stage:  {names}")
+    return "\n".join(lines)

@@ -42,6 +42,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
+import torch
 from google.protobuf.message import DecodeError
 
 from protos import training_pb2
@@ -196,16 +197,29 @@ class SavedStates:
                 f"{len(parameters.state.tensors)} of {parameters.size}: remove the file"
             )
         try:
-            with self._reopen(saved) as file:
-                state = parameters.empty_state(saved.num_steps)
-                file.seek(saved.num_bytes - saved.payload_bytes)
-                for tensor in state.tensors:
-                    _fill(file, tensor.numpy().data.cast("B"))
-                if state.digest() != saved.digest:
-                    self._damaged.add(_identity(os.fstat(file.fileno())))
-                    raise ValueError("the vectors do not have the digest that the header names")
+            return self._read(saved, parameters.empty_state(saved.num_steps))
         except (OSError, ValueError) as error:
             raise _damaged(saved.path, error) from error
+
+    def read(self, saved: SavedAt) -> StageState:
+        """As `load`, of a stage that is not here to compare it with."""
+        try:
+            values, first, second, *previous = (torch.empty(saved.num_parameters) for _ in range(saved.num_vectors))
+            return self._read(saved, StageState(values, first, second, saved.num_steps, *previous))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{saved.path} cannot be used ({_reason(error)}): copy it again, or take an older one"
+            ) from error
+
+    def _read(self, saved: SavedAt, state: StageState) -> StageState:
+        """The state, whose memory is filled. ValueError or OSError if the file is damaged or gone."""
+        with self._reopen(saved) as file:
+            file.seek(saved.num_bytes - saved.payload_bytes)
+            for tensor in state.tensors:
+                _fill(file, tensor.numpy().data.cast("B"))
+            if state.digest() != saved.digest:
+                self._damaged.add(_identity(os.fstat(file.fileno())))
+                raise ValueError("the vectors do not have the digest that the header names")
         return state
 
     def newest_whole(self, parameters: StageParameters) -> tuple[SavedAt, StageState] | None:
