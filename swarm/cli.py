@@ -238,24 +238,58 @@ def train(
 @cli.command()
 @click.option("--run", "run_id", type=RunIdType(), required=True, help="The run's id.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write; it must not exist, or be empty."
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder to write; it must not exist, or be empty, but with --every.",
 )
 @click.option("--epoch", type=click.IntRange(min=0), help="Of which checkpoint; the newest unless given.")
 @click.option(
     "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True, help="Of the files."
 )
+@click.option(
+    "--moments", "with_moments", is_flag=True, help="Keep beside the weights what `swarm run restore` needs to go on."
+)
+@click.option(
+    "--every",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Go on, until Ctrl-C or the run's end: each checkpoint of a multiple of N epochs, and the last, with --moments, as OUT/epoch-000123.",
+)
+@click.option("--keep", type=click.IntRange(min=1), metavar="K", help="With --every: only the newest K.")
 @run_options(peers_required=True, timeout_s=30.0)
-def export(run_id: bytes, out: Path, epoch: int | None, precision: str, log_level: str, **flags: Any) -> None:
+def export(
+    run_id: bytes,
+    out: Path,
+    epoch: int | None,
+    precision: str,
+    with_moments: bool,
+    every: int | None,
+    keep: int | None,
+    log_level: str,
+    **flags: Any,
+) -> None:
     """Write the weights of a run, as its members have saved them: a Hugging Face checkpoint, or adapters as PEFT has them."""
+    if every is not None and epoch is not None:
+        raise click.UsageError("--every takes each checkpoint that comes, --epoch one: give one of them")
+    if every is None and keep is not None:
+        raise click.UsageError("--keep says how many of --every are kept: give both")
     configure_logging(log_level)
     import torch
 
-    from swarm.client.export import export_run
+    from swarm.client.export import Exported, export_run
+    from swarm.client.export_series import export_checkpoints
+
+    def tell(exported: Exported) -> None:
+        loss = "" if exported.loss is None else f", loss {exported.loss:.4f}"
+        parameters = f"{exported.num_parameters:,} parameters in {precision}"
+        click.echo(f"{exported.out}: epoch {exported.place.epoch}{loss}, {parameters}")
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    exported = export_run(run_id, out=out, epoch=epoch, dtype=dtype, **flags)
-    loss = "" if exported.loss is None else f", loss {exported.loss:.4f}"
-    click.echo(f"{out}: epoch {exported.place.epoch}{loss}, {exported.num_parameters:,} parameters in {precision}")
+    if every is None:
+        tell(export_run(run_id, out=out, epoch=epoch, dtype=dtype, with_moments=with_moments, **flags))
+    else:
+        export_checkpoints(run_id, out=out, every=every, keep=keep, dtype=dtype, on_exported=tell, **flags)
 
 
 cli.add_command(run)

@@ -87,6 +87,7 @@ class RunStore:
     def copy_to(self, folder: Path) -> RunStore:
         """The same rules and files in another folder. Raises UserError, also if a file is missing here."""
         copy = RunStore(folder, self.run_id, self.raw)
+        copy._names = dict(self._names)
         for digest in self._names:
             copy.put(digest, self.read(digest))
         copy._write(SPEC_FILE, self.raw)

@@ -1,13 +1,17 @@
-"""`swarm export`: the weights of a run, from its members' disks alone, as a Hugging Face checkpoint, or as PEFT has adapters."""
+"""`swarm export`: the weights of a run, from its members' disks alone, as a Hugging Face checkpoint, or as PEFT has adapters.
+
+With moments, the folder `run` beside the weights has what `swarm run restore` needs (swarm/training/run_folder.py).
+"""
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import uvloop
@@ -16,22 +20,27 @@ from torch import Tensor
 from swarm.client.config import ClientConfig
 from swarm.client.connect import open_directory
 from swarm.epoch.messages import Commit, Place
-from swarm.errors import PeerFailed, UserError
+from swarm.errors import BadReply, PeerFailed, UserError
 from swarm.member_record import MemberRecord
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host
+from swarm.records import ShardState
+from swarm.run_orders import open_orders
 from swarm.run_spec import RunSpec
 from swarm.run_store import RunStore
 from swarm.terminal import ProgressBar
 from swarm.training.artifacts import fetch_artifacts
+from swarm.training.course import RunCourse
 from swarm.training.find_run import find_run
-from swarm.training.hf_checkpoint import write_hf_checkpoint
+from swarm.training.hf_checkpoint import made_at_once, require_space, write_hf_checkpoint
 from swarm.training.layout import Layout, layout_of
 from swarm.training.peft_checkpoint import write_peft_checkpoint
 from swarm.training.rollback import complete_places, newest, saved_by_stage
-from swarm.training.saved_transfer import donors_of, fetch_saved
+from swarm.training.run_folder import RUN_FOLDER, num_vectors_of, states_of
+from swarm.training.saved_transfer import donors_of, fetch_saved, fetch_state
+from swarm.training.standing import ask_standings
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _LOOK_AGAIN_S = 1.0
 
@@ -40,6 +49,7 @@ _LOOK_AGAIN_S = 1.0
 class Exported:
     """What was written."""
 
+    out: Path
     place: Place
     num_parameters: int
     loss: float | None
@@ -53,75 +63,188 @@ def export_run(
     *,
     epoch: int | None = None,
     dtype: torch.dtype = torch.float32,
+    with_moments: bool = False,
     timeout_s: float = 30.0,
     cache_dir: Path | None = None,
 ) -> Exported:
     """Write the newest checkpoint that all stages and the ends have on some disk, or that of an epoch, to the folder `out`.
 
-    Raises UserError, JoinFailed or PeerFailed, each with what to do about it.
+    with_moments: and what is needed to go on from it. Raises UserError, JoinFailed or PeerFailed, each with what to do about it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists: choose another folder, or remove it")
 
-    async def fetch(host: Host, directory: Directory) -> tuple[RunStore, Place, Commit | None, list[Tensor]]:
-        store = await find_run(directory, run_id, cache_dir)
-        await fetch_artifacts(host, directory, store)
-        layout = layout_of(store.spec)
-        deadline = time.monotonic() + timeout_s
-        while True:
-            records, place = await _find_complete(directory, store.spec, run_id, epoch, timeout_s)
-            try:
-                return store, place, *await fetch_stages(host, store, layout, records, place)
-            except PeerFailed:
-                if time.monotonic() > deadline:
-                    raise
-            await asyncio.sleep(_LOOK_AGAIN_S)  # members forget older states, and their records tell of it later
-
-    async def fetch_stages(
-        host: Host, store: RunStore, layout: Layout, records: Sequence[MemberRecord], place: Place
-    ) -> tuple[Commit | None, list[Tensor]]:
-        values, commit = [], None
-        for stage in range(store.spec.num_stages):
-            donors = donors_of(records, stage, place)
-            size = layout.size(stage)
-            what = "the ends" if stage == store.spec.ends_stage else f"stage {stage}"
-            with ProgressBar(f"fetching {what} of epoch {place.epoch}", 4 * size) as bar:
+    async def export() -> Exported:
+        async with members_of(run_id, initial_peers, timeout_s, cache_dir) as members:
+            deadline = time.monotonic() + timeout_s
+            while True:
+                records, place = await members.wait_for(epoch, timeout_s)
                 try:
-                    head, vectors = await fetch_saved(host, run_id, stage, place, donors, size, on_bytes=bar.advance)
-                except PeerFailed as error:
-                    raise PeerFailed(f"{error}: try again when a member that has it is back") from error
-            commit = commit or head.saved.commit
-            values.append(vectors[0])
-        return commit, values
-
-    async def run() -> tuple[RunStore, Place, Commit | None, list[Tensor]]:
-        config = ClientConfig(model="run", initial_peers=tuple(initial_peers), join_timeout_s=timeout_s)
-        async with open_directory(config) as (host, directory):
-            return await fetch(host, directory)
+                    return await export_checkpoint(members, records, place, out, dtype, with_moments=with_moments)
+                except PeerFailed:
+                    if time.monotonic() > deadline:
+                        raise
+                await asyncio.sleep(_LOOK_AGAIN_S)  # members forget older states, and their records tell of it later
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        store, place, commit, values = runner.run(run())
-    loss, eval_loss = (None, None) if commit is None else (commit.loss, commit.eval_loss)
-    write = write_hf_checkpoint if store.spec.lora is None else write_peft_checkpoint
-    write(store, values, out, epoch=place.epoch, lineage=place.lineage, dtype=dtype, loss=loss, eval_loss=eval_loss)
-    return Exported(place, sum(len(vector) for vector in values), loss)
+        return runner.run(export())
 
 
-async def _find_complete(
-    directory: Directory, spec: RunSpec, run_id: bytes, epoch: int | None, timeout_s: float
-) -> tuple[list[MemberRecord], Place]:
-    """The members' records, and the newest place of which all stages have the state on some disk. Raises UserError."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        records = await directory.find_members(run_id, range(spec.num_stages))
-        saved = saved_by_stage(records)
-        complete = complete_places(saved, spec.num_stages)
-        place = newest(place for place in complete if epoch in (None, place.epoch))
-        if place is not None:
-            return records, place
-        if time.monotonic() > deadline:
-            raise UserError(_what_is_missing(spec, saved, complete, epoch))
-        await asyncio.sleep(_LOOK_AGAIN_S)
+class RunMembers:
+    """The members of a run, and what is on their disks."""
+
+    def __init__(self, host: Host, directory: Directory, store: RunStore, layout: Layout) -> None:
+        self.store, self.layout = store, layout
+        self._host, self._directory = host, directory
+
+    async def records(self) -> list[MemberRecord]:
+        return await self._directory.find_members(self.store.run_id, range(self.store.spec.num_stages))
+
+    async def wait_for(self, epoch: int | None, timeout_s: float) -> tuple[list[MemberRecord], Place]:
+        """Their records, and the newest place (of an epoch) of which all stages have the state on some disk. Raises UserError."""
+        deadline = time.monotonic() + timeout_s
+        spec = self.store.spec
+        while True:
+            records = await self.records()
+            saved = saved_by_stage(records)
+            complete = complete_places(saved, spec.num_stages)
+            place = newest(place for place in complete if epoch in (None, place.epoch))
+            if place is not None:
+                return records, place
+            if time.monotonic() > deadline:
+                raise UserError(_what_is_missing(spec, saved, complete, epoch))
+            await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def is_last(self, records: Sequence[MemberRecord], place: Place) -> bool:
+        """Whether the run ends at a place, as its owner has it. Raises PeerFailed if nobody tells."""
+        donors, size = donors_of(records, 0, place), self.layout.size(0)
+        head, _ = await fetch_saved(self._host, self.store.run_id, 0, place, donors, size, num_vectors=0)
+        commit = head.saved.commit
+        try:
+            orders = open_orders(b"" if commit is None else commit.orders, self.store.run_id, self.store.owner)
+        except ValueError as error:
+            raise BadReply(f"the state of epoch {place.epoch} cannot be used: {error}") from error
+        return place.epoch >= orders.num_epochs(self.store.spec, place.epoch)
+
+    async def fetch_artifacts(self) -> None:
+        """Tokenizer and manifests. Raises PeerFailed: who has them may come."""
+        try:
+            await fetch_artifacts(self._host, self._directory, self.store)
+        except UserError as error:
+            raise PeerFailed(str(error)) from error
+
+    async def fetch(
+        self, records: Sequence[MemberRecord], stage: int, place: Place, run_folder: Path | None
+    ) -> tuple[Commit | None, Tensor]:
+        """The weights [size] of a stage. run_folder: keep its whole state there. Raises PeerFailed, or UserError if the disk is full."""
+        run_id, spec = self.store.run_id, self.store.spec
+        donors, size = donors_of(records, stage, place), self.layout.size(stage)
+        what = "the ends" if stage == spec.ends_stage else f"stage {stage}"
+        num_vectors = 1 if run_folder is None else num_vectors_of(spec)
+        with ProgressBar(f"fetching {what} of epoch {place.epoch}", 4 * num_vectors * size) as bar:
+            try:
+                if run_folder is None:
+                    head, vectors = await fetch_saved(
+                        self._host, run_id, stage, place, donors, size, on_bytes=bar.advance
+                    )
+                    return head.saved.commit, vectors[0]
+                head, state = await fetch_state(
+                    self._host, run_id, stage, place, donors, size, num_vectors=num_vectors, on_bytes=bar.advance
+                )
+            except PeerFailed as error:
+                raise PeerFailed(f"{error}: try again when a member that has it is back") from error
+        states = states_of(run_folder, run_id, stage)
+        await to_its_end(lambda: states.save(place, head.saved.commit, state))
+        return head.saved.commit, state.values.clone()  # so that the moments' memory is given back
+
+    async def hear_orders(self, records: Sequence[MemberRecord], commit: Commit | None) -> bytes:
+        """The newest signed orders of the run's owner that somebody knows; what they name is among the run's files from now on."""
+        present = [record for record in records if record.state != ShardState.LEAVING]
+        standings = await ask_standings(self._host, self.store, present)
+        course = RunCourse(self.store)
+        for raw in (b"" if commit is None else commit.orders, *(standing.orders for standing in standings.values())):
+            with contextlib.suppress(BadReply):  # what somebody else has made
+                course.hear(raw)
+        return course.newest_raw
+
+
+@contextlib.asynccontextmanager
+async def members_of(
+    run_id: bytes, initial_peers: Sequence[str], timeout_s: float, cache_dir: Path | None
+) -> AsyncIterator[RunMembers]:
+    """Join the swarm as a client, and get the run's rules. Raises UserError or JoinFailed."""
+    config = ClientConfig(model="run", initial_peers=tuple(initial_peers), join_timeout_s=timeout_s)
+    async with open_directory(config) as (host, directory):
+        store = await find_run(directory, run_id, cache_dir)
+        yield RunMembers(host, directory, store, await asyncio.to_thread(layout_of, store.spec))
+
+
+async def export_checkpoint(
+    members: RunMembers,
+    records: Sequence[MemberRecord],
+    place: Place,
+    out: Path,
+    dtype: torch.dtype,
+    *,
+    with_moments: bool,
+) -> Exported:
+    """Fetch and write it, all or nothing. Raises UserError if the disk is full or fails, PeerFailed if members do."""
+    store, sizes = members.store, [members.layout.size(stage) for stage in range(members.store.spec.num_stages)]
+    bytes_each = dtype.itemsize + (4 * num_vectors_of(store.spec) if with_moments else 0)
+    with _made_at(out) as folder:
+        require_space(folder, bytes_each * sum(sizes))
+        run_folder = folder.parent / RUN_FOLDER if with_moments else None
+        await members.fetch_artifacts()
+        found = [await members.fetch(records, stage, place, run_folder) for stage in range(len(sizes))]
+        commit = found[0][0]
+        if run_folder is not None:
+            orders = await members.hear_orders(records, commit)
+            await members.fetch_artifacts()  # of data that they have brought
+            kept = store.copy_to(run_folder)
+            if orders:
+                kept.keep_orders(orders)
+        loss, eval_loss = (None, None) if commit is None else (commit.loss, commit.eval_loss)
+
+        def write() -> None:
+            write_weights = write_hf_checkpoint if store.spec.lora is None else write_peft_checkpoint
+            write_weights(
+                store, [values for _, values in found], folder, epoch=place.epoch, lineage=place.lineage, dtype=dtype,
+                loss=loss, eval_loss=eval_loss,
+            )  # fmt: skip
+            if run_folder is not None:
+                run_folder.replace(folder / RUN_FOLDER)
+
+        await to_its_end(write)
+    return Exported(out, place, sum(sizes), loss)
+
+
+@contextlib.contextmanager
+def _made_at(out: Path) -> Iterator[Path]:
+    with disk_errors(out), made_at_once(out.resolve()) as folder:
+        yield folder
+
+
+async def to_its_end(function: Callable[[], T]) -> T:
+    """What a function returns that runs in a thread. Who is cancelled waits for its end, so that nothing is written after him."""
+    running = asyncio.create_task(asyncio.to_thread(function))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
+
+
+@contextlib.contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """What an error of the disk means for the user."""
+    try:
+        yield
+    except (TimeoutError, ConnectionError):  # which are OSErrors, too
+        raise
+    except OSError as error:
+        raise UserError(
+            f"cannot write {out} ({error.strerror or error}): free some space on its disk, or choose another folder"
+        ) from error
 
 
 def _what_is_missing(

@@ -20,6 +20,7 @@ from swarm.epoch.messages import Place
 from swarm.errors import UserError
 from swarm.run_spec import RunSpec
 from swarm.run_store import SPEC_FILE, RunStore, folder_of_run
+from swarm.training.course import RunCourse
 from swarm.training.rollback import newest
 from swarm.training.saved_states import SavedAt, SavedStates
 from swarm.training.standing import newest_orders
@@ -68,6 +69,7 @@ def restore_run(checkpoint: Path, cache_dir: Path | None = None, stages: Sequenc
     Raises UserError if the folder is not whole, the disk is full, or this machine has newer states of the run.
     """
     source = RunStore.load(_run_folder(checkpoint))
+    RunCourse(source)  # data that the owner has amended belongs to the run's files
     if source.missing():
         raise UserError(
             f"{source.folder} lacks files that the run's rules name (tokenizer, list of its data): {_FIND_ANOTHER}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from swarm.cli import cli
 from swarm.epoch.messages import Commit, Place, Term
 from swarm.errors import UserError
 from swarm.identity import Identity
-from swarm.run_orders import Orders, sign_orders
-from swarm.run_store import RunStore, folder_of_run
+from swarm.run_orders import Amendment, Orders, sign_orders
+from swarm.run_store import RunStore, artifact_digest, folder_of_run
 from swarm.training.checkpoints import saved_stages
-from swarm.training.hf_checkpoint import WeightLayout
+from swarm.training.course import RunCourse
+from swarm.training.layout import layout_of
 from swarm.training.parameters import StageState
 from swarm.training.run_folder import RUN_FOLDER, place_of, restore_run, states_of
 from swarm.training.wire import sign_commit
@@ -30,7 +32,7 @@ PEER = f"/ip4/127.0.0.1/tcp/31337/p2p/{LEADER.peer_id}"
 
 def save(folder: Path, store: RunStore, epoch: int, stages: list[int] | None = None) -> Place:
     """States of some stages, or of all, at an epoch."""
-    layout, term = WeightLayout(store.spec), Term(1, LEADER.peer_id)
+    layout, term = layout_of(store.spec), Term(1, LEADER.peer_id)
     commit = Commit(epoch - 1, b"p" * 32, term, 0, 100, 1.5, False, (b"d" * 32,) * 3, ((LEADER.peer_id, 0),), 2.5)
     commit = sign_commit(commit, store.run_id, LEADER)
     for stage in range(store.spec.num_stages) if stages is None else stages:
@@ -180,6 +182,24 @@ def test_the_newest_orders_of_the_owner_stay_in_force(owners: RunStore, checkpoi
     here.keep_orders(raws[2])
     restore_run(checkpoint, tmp_path / "cache")
     assert here.read_orders() == raws[2]
+
+
+def test_data_that_the_owner_has_amended_belongs_to_the_run(tmp_path: Path) -> None:
+    owners = make_run(tmp_path / "owner")
+    manifest = b"a list of other data"
+    other = replace(owners.spec.data, manifest_digest=artifact_digest(manifest)[:16])
+    orders = Orders(serial=1, amendments=(Amendment(epoch=20, data=other),))
+    raw = sign_orders(orders, owners.run_id, Identity.load_or_create(tmp_path / "owner" / "owner"))
+    assert RunCourse(owners).hear(raw)
+    owners.put(other.manifest_digest, manifest)
+    folder = tmp_path / "checkpoint" / RUN_FOLDER
+    owners.copy_to(folder).keep_orders(raw)
+    save(folder, owners, EPOCH)
+    store = restore_run(tmp_path / "checkpoint", tmp_path / "cache").store
+    assert RunCourse(store).newest == orders and store.missing() == [] and store.manifest(other) == manifest
+    (folder / f"manifest-{other.manifest_digest.hex()}.json").unlink()
+    with pytest.raises(UserError, match="lacks files that the run's rules name"):
+        restore_run(tmp_path / "checkpoint", tmp_path / "cache")
 
 
 def test_a_full_disk_leaves_the_cache_as_it_was(
