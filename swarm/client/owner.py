@@ -220,6 +220,7 @@ class _Steering:
                 "see `swarm run status`, and try again when a node is back"
             )
         raws = [standing.orders for standing in standings.values()]
+        raws += [standing.commit.orders for standing in standings.values() if standing.commit is not None]
         orders, _ = newest_orders([*raws, self.store.read_orders()], self.store)
         return Look(present, standings, orders)
 

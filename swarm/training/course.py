@@ -59,12 +59,9 @@ class RunCourse:
                 self._store.learn(amendment.data)
 
     def check(self, commit: Commit | None) -> None:
-        """BadReply if it carries what the owner did not say."""
-        if commit is not None:
-            try:
-                self._opened(commit.orders)
-            except ValueError as error:
-                raise BadReply(f"a commit's orders are refused: {error}") from error
+        """Hear the orders that it carries. BadReply if the owner did not give them."""
+        if commit is not None and commit.orders:
+            self.hear(commit.orders)
 
     def orders_of(self, commit: Commit | None) -> Orders:
         """In force after a commit that was checked; None: at the start of the run."""
