@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 from node.config import NodeConfig
@@ -18,12 +19,15 @@ from node.training.device_work import DeviceWork
 from node.training.frozen_blocks import FrozenBlocks
 from node.training.keeper import Keeper
 from node.training.live import LiveModels
-from node.training.placement import choose_stage
+from node.training.placement import choose_stage, must_yield
 from node.training.service import StageService
 from node.training.stage import TrainableStage
 from swarm.ending import cancelled
 from swarm.errors import UserError
 from swarm.log_label import log_label
+from swarm.member_record import MemberRecord
+from swarm.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
+from swarm.records import ShardState
 from swarm.run_store import RunStore
 from swarm.training.checkpoints import Checkpoints, Resumed, saved_stages
 from swarm.training.copies import CopyStore
@@ -32,6 +36,9 @@ from swarm.training.membership import Membership
 from swarm.training.run_host import RunHost
 
 log = logging.getLogger(__name__)
+
+_CHOICES_BEFORE_GIVING_UP = 5
+_CLAIM_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,5 +162,22 @@ async def _choose_stage(parts: NodeParts, store: RunStore) -> int:
                 f"--blocks {wanted} is no stage of run {store.run_id.hex()[:8]}; its stages are {', '.join(map(str, stages))}"
             )
         return stages.index(wanted)
-    members = await parts.run_host.directory.find_members(store.run_id, range(len(stages)))
-    return choose_stage(members, len(stages), saved_stages(store) or parts.frozen.stages_here(store.spec))
+    directory, own = parts.run_host.directory, parts.run_host.peer_id
+    here = saved_stages(store) or parts.frozen.stages_here(store.spec)
+    addresses = await parts.run_host.host.record_addresses()
+    for _ in range(_CHOICES_BEFORE_GIVING_UP):
+        members = await directory.find_members(store.run_id, range(len(stages)))
+        stage = choose_stage([one for one in members if one.peer_id != own], len(stages), here)
+        claim = MemberRecord(
+            peer_id=own, run_id=store.run_id, stage=stage, state=ShardState.JOINING, epoch=0, lineage=b"",
+            expires_at=time.time() + parts.config.membership.record_lifetime_s, addresses=addresses, software=SOFTWARE,
+            protocol_major=PROTOCOL_MAJOR, protocol_minor=PROTOCOL_MINOR,
+        )  # fmt: skip
+        await directory.publish_member(claim)
+        await asyncio.sleep(_CLAIM_S)  # whoever chose at the same time has said so by then
+        if len(here) == 1 or not must_yield(claim, await directory.find_members(store.run_id, [stage])):
+            break
+        log.info("stage taken by another joiner stage=%d", stage)
+        later = claim.expires_at + 0.1  # the DHT keeps the record that expires last
+        await directory.publish_member(replace(claim, state=ShardState.LEAVING, expires_at=later))
+    return stage

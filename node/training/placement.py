@@ -27,6 +27,15 @@ def choose_stage(members: Iterable[MemberRecord], num_stages: int, saved: Collec
     return min(candidates, key=lambda stage: (rates[stage], counts[stage], stage))
 
 
+def must_yield(claim: MemberRecord, others: Iterable[MemberRecord]) -> bool:
+    """Whether a joiner should choose again: another one chose the same stage at the same time and has the smaller peer id.
+
+    Records of joiners that have chosen say a lineage.
+    """
+    rivals = (other for other in others if other.state == ShardState.JOINING and not other.lineage)
+    return any(other.stage == claim.stage and other.peer_id < claim.peer_id for other in rivals)
+
+
 def is_keeper_needed(
     peer_id: str, members: Iterable[MemberRecord], run_id: bytes, ends_stage: int, num_keepers: int, is_keeper: bool
 ) -> bool:

@@ -13,6 +13,7 @@ from swarm.errors import RouteBroken, UserError
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host
 from swarm.records import MAX_LIFETIME_S
+from swarm.run_spec import DataKind
 from swarm.run_store import RunStore
 from swarm.training.find_run import find_run
 
@@ -73,10 +74,13 @@ def in_swarm(
 
 def next_commands(store: RunStore, initial_peer: str) -> str:
     """What to type now, on this machine and on others."""
-    run_id = store.run_id.hex()
+    run_id, spec = store.run_id.hex(), store.spec
+    data = " --data FILE-OR-FOLDER" if spec.data.kind is DataKind.OWN else f" --data {spec.data.source}"
+    if spec.held_out is not None:
+        data += f" --held-out {spec.held_out.source}"
     return (
         f"Hold a stage:  swarm-node run --run {run_id} --initial-peers {initial_peer}\n"
-        f"Train:         swarm train {run_id} --initial-peers {initial_peer}\n"
+        f"Train:         swarm train {run_id}{data} --initial-peers {initial_peer}\n"
         f"Its rules:     swarm run show {run_id} --initial-peers {initial_peer}"
     )
 

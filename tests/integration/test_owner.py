@@ -147,7 +147,10 @@ def test_nobody_but_the_owner_steers(training: TrainingSwarm, command: Command) 
     Identity.load_or_create(training.folder / "stranger")
     alone = command("pause")
     assert alone.code == 1 and "nobody who takes part in the run can be reached" in alone.err
-    training.start_node(0).ready()
+    nodes = [training.start_node(None), training.start_node(None)]
+    assert {node.ready()["span"] for node in nodes} == {"0:2", "2:4"}, (
+        "who starts at the same time takes different stages"
+    )
     stranger = command("pause", identity="stranger")
     assert stranger.code == 1 and "only the owner of the run" in stranger.err and "--identity" in stranger.err
     missing = command("pause", identity="missing")

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from node.training.placement import choose_stage, is_keeper_needed
+from node.training.placement import choose_stage, is_keeper_needed, must_yield
 from swarm.member_record import MemberRecord
 from swarm.records import ShardState
 from tests.support.runs import make_member
@@ -89,3 +89,12 @@ def test_a_keeper_goes_on_until_better_ones_are_at_work() -> None:
 def is_first(name: str, members: list[MemberRecord]) -> int:
     """How many nodes come before it: the fewest keepers among which it is one."""
     return next(n for n in range(1, 9) if is_keeper_needed(name, members, RUN, ENDS, n, False))
+
+
+def test_of_two_who_chose_the_same_stage_at_the_same_time_the_larger_id_yields() -> None:
+    claims = {name: make_member(name, stage=1, state=ShardState.JOINING, lineage=b"", epoch=0) for name in "ab"}
+    assert must_yield(claims["b"], claims.values()) and not must_yield(claims["a"], claims.values())
+    elsewhere = make_member("a", stage=0, state=ShardState.JOINING, lineage=b"", epoch=0)
+    downloads = make_member("a", stage=1, state=ShardState.JOINING)
+    gone = make_member("a", stage=1, state=ShardState.LEAVING)
+    assert not must_yield(claims["b"], [elsewhere, downloads, gone, make_member("a", stage=1)])
