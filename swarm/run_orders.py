@@ -142,6 +142,14 @@ class Orders:
 
         return self.serial > other.serial and fixed(self) == fixed(other)
 
+    def rebased(self, in_force: Orders, now: int) -> Orders:
+        """What the next orders begin with, when the run is in epoch `now`: what came too late to be in force is left out."""
+        begun = now + NOTICE_EPOCHS
+        amendments = [one for one in in_force.amendments if one.epoch < begun]
+        amendments += [one for one in self.amendments if one.epoch >= begun]
+        evals = {one for one in in_force.eval_epochs if one < begun} | {one for one in self.eval_epochs if one >= begun}
+        return replace(self, amendments=tuple(amendments), eval_epochs=tuple(sorted(evals)))
+
     def amended(self, amendment: Amendment) -> Orders:
         """With another amendment, the next serial number; one of the same epoch is completed, later ones are as they were."""
         others = {one.epoch: one for one in self.amendments}
@@ -153,9 +161,9 @@ class Orders:
         others[amendment.epoch] = Amendment(epoch=amendment.epoch, **merged)
         return self.changed(amendments=tuple(others[epoch] for epoch in sorted(others)))
 
-    def with_eval(self, epoch: int, now: int) -> Orders:
-        """With an evaluation in an epoch; those before now are over and left out."""
-        return self.changed(eval_epochs=tuple(sorted({one for one in self.eval_epochs if one >= now} | {epoch})))
+    def with_eval(self, epoch: int) -> Orders:
+        """With an evaluation in an epoch; of too many the oldest is forgotten."""
+        return self.changed(eval_epochs=tuple(sorted({*self.eval_epochs, epoch})[-MAX_EVALS:]))
 
     def changed(self, **changes: object) -> Orders:
         """The next ones, with these changes."""

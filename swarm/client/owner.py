@@ -19,14 +19,14 @@ from swarm.p2p.host import Host
 from swarm.records import ShardState
 from swarm.run_creation import OWNER_FILE
 from swarm.run_file import data_like
-from swarm.run_orders import NOTICE_EPOCHS, Amendment, Orders, open_orders, sign_orders
+from swarm.run_orders import NOTICE_EPOCHS, Amendment, Orders, sign_orders
 from swarm.run_spec import DataSpec
 from swarm.run_store import RunStore
 from swarm.training.artifacts import give_artifact
 from swarm.training.find_run import find_run
 from swarm.training.manifest import build_manifest
 from swarm.training.rollback import complete_places, newest, saved_by_stage
-from swarm.training.standing import Standing, ask_standings, newest_orders
+from swarm.training.standing import Standing, ask_standings, most_common_place, newest_orders
 
 _LOOK_AGAIN_S = 0.3
 # How many epochs ahead a change is named: more, if the members were there before they heard of it.
@@ -41,17 +41,10 @@ class Look:
     standings: Mapping[tuple[str, int], Standing]
     orders: Orders
     """The newest that somebody knows."""
-
-    @property
-    def place(self) -> Place:
-        """The newest where somebody is."""
-        place = newest(standing.place for standing in self.standings.values())
-        assert place is not None
-        return place
-
-
-class TooLate(UserError):
-    """The epoch that was named has begun."""
+    in_force: Orders
+    """At the place."""
+    place: Place
+    """Where the run is."""
 
 
 class Owner:
@@ -110,7 +103,9 @@ class Owner:
             told = [f"{name} {value}" for name, value in changes.items() if value is not None]
             if other is not None:
                 told.append(f"data {len(other.files)} file(s) with {other.num_samples} samples")
-            return f"from epoch {await run.name_epoch(change, epoch)} on: {', '.join(told)}{await run.in_force()}"
+            is_end = changes.get("num_epochs") is not None
+            named = await run.name_epoch(change, epoch, is_end=is_end)
+            return f"from epoch {named} on: {', '.join(told)}{await run.in_force()}"
 
         return self._steer(steer)
 
@@ -132,7 +127,7 @@ class Owner:
             def change(orders: Orders, now: int, named: int) -> Orders:
                 return orders.amended(Amendment(epoch=named, num_epochs=named))
 
-            return f"the run ends after {await run.name_epoch(change, epoch)} epochs{await run.in_force()}"
+            return f"the run ends after {await run.name_epoch(change, epoch, is_end=True)} epochs{await run.in_force()}"
 
         return self._steer(steer)
 
@@ -140,11 +135,14 @@ class Owner:
         async def steer(run: _Steering) -> str:
             if run.store.spec.held_out is None:
                 raise UserError("this run has no held-out data: there is nothing to evaluate on")
-            named = await run.name_epoch(lambda orders, now, named: orders.with_eval(named, now), epoch)
+            named = await run.name_epoch(lambda orders, now, named: orders.with_eval(named), epoch)
             while True:
-                for standing in (await run.look()).standings.values():
+                look = await run.look()
+                for standing in look.standings.values():
                     if standing.evaluation is not None and standing.evaluation[0] == named:
                         return f"epoch {named}: held-out loss {standing.evaluation[1]:.4f}"
+                if look.place.epoch > named + 2:
+                    raise UserError(f"epoch {named} is over without a finite held-out loss: the run may have diverged")
                 await run.pause(
                     f"epoch {named}, which evaluates, is not over yet: `swarm run status` shows its loss later"
                 )
@@ -154,9 +152,11 @@ class Owner:
     def roll_back(self, epoch: int) -> str:
         async def steer(run: _Steering) -> str:
             goal: Place | None = None
+            members: set[tuple[str, int]] = set()
 
             def decide(look: Look) -> Orders:
                 nonlocal goal
+                members.update(who for who, one in look.standings.items() if one.place == look.place)
                 complete = complete_places(saved_by_stage(look.records), run.store.spec.num_stages)
                 base = newest(place for place in complete if place.epoch == epoch)
                 if base is None:
@@ -164,14 +164,14 @@ class Owner:
                     raise UserError(
                         f"not all stages have a state of epoch {epoch} on a disk that can be reached: choose one of {epochs}"
                     )
-                goal = base.rolled_back(max(standing.place.era for standing in look.standings.values()) + 1)
+                goal = base.rolled_back(look.place.era + 1)
                 return look.orders.changed(rollback=goal)
 
             await run.give(decide)
             assert goal is not None
             while True:
                 look = await run.look()
-                if all(standing.place.era >= goal.era for standing in look.standings.values()):
+                if all(one.place.era >= goal.era for who, one in look.standings.items() if who in members):
                     paused = "; it is paused" if look.orders.is_paused else ""
                     return f"the run went back to epoch {epoch}{paused}"
                 await run.pause("not all members have gone back yet: `swarm run status` shows where they are")
@@ -222,19 +222,22 @@ class _Steering:
         raws = [standing.orders for standing in standings.values()]
         raws += [standing.commit.orders for standing in standings.values() if standing.commit is not None]
         orders, _ = newest_orders([*raws, self.store.read_orders()], self.store)
-        return Look(present, standings, orders)
+        here = most_common_place(standings)
+        commits = [one.commit for one in standings.values() if one.place == here and one.commit is not None]
+        in_force, _ = newest_orders([one.orders for one in commits], self.store)
+        return Look(present, standings, orders, in_force, here)
 
     async def give(self, decide: Callable[[Look], Orders]) -> Look:
         """Say what is decided, and look again. UserError if it makes no sense, or nobody took it."""
         look = await self.look()
         try:
-            orders = decide(look)
+            # What came too late to be in force would keep all later orders from it.
+            orders = decide(replace(look, orders=look.orders.rebased(look.in_force, look.place.epoch)))
             for amendment in orders.amendments:
                 orders.spec_at(self.store.spec, amendment.epoch)
             raw = sign_orders(orders, self.store.run_id, self._identity)
         except ValueError as error:
             raise UserError(str(error)) from error
-        self.store.keep_orders(raw)
         self._given = orders
         look = await self.look(raw)
         if look.orders.serial > orders.serial:
@@ -242,6 +245,7 @@ class _Steering:
         takers = {who for who, standing in look.standings.items() if standing.orders == raw}
         if not takers:
             raise UserError("no member took the orders: it may run an older version of the software")
+        self.store.keep_orders(raw)
         for digest in self.artifacts:
             for record in look.records:
                 if (record.peer_id, record.stage) in takers:
@@ -249,10 +253,12 @@ class _Steering:
                         await give_artifact(self._host, self.store, record, digest)
         return look
 
-    async def name_epoch(self, change: Callable[[Orders, int, int], Orders], epoch: int | None) -> int:
+    async def name_epoch(
+        self, change: Callable[[Orders, int, int], Orders], epoch: int | None, *, is_end: bool = False
+    ) -> int:
         """Say that something is to happen in an epoch: in this one, or the next of which all can hear in time.
 
-        change(orders, epoch now, epoch named).
+        change(orders, epoch now, epoch named). is_end: what is to happen is the run's end, or another end.
         """
         for notice in _NOTICES if epoch is None else (0,):
             named = 0
@@ -264,6 +270,9 @@ class _Steering:
                 named = now + notice if epoch is None else epoch
                 if named < now + NOTICE_EPOCHS:
                     raise UserError(f"the run is in epoch {now}: name epoch {now + NOTICE_EPOCHS} or a later one")
+                end = look.orders.planned_end(self.store.spec)
+                if named > end or (named == end and not is_end):
+                    raise UserError(f"the run ends after {end} epochs, before the change in epoch {named} could hold")
                 return change(look.orders, now, named)
 
             await self.give(decide)
@@ -272,9 +281,7 @@ class _Steering:
         raise UserError(f"the run was past epoch {named} before its members heard of it: name a later epoch with --at")
 
     def _check_open(self, look: Look) -> None:
-        commits = [one.commit for one in look.standings.values() if one.place == look.place and one.commit is not None]
-        in_force = look.orders if not commits else open_orders(commits[0].orders, self.store.run_id, self.store.owner)
-        if look.place.epoch >= in_force.num_epochs(self.store.spec, look.place.epoch):
+        if look.place.epoch >= look.in_force.num_epochs(self.store.spec, look.place.epoch):
             raise UserError(
                 f"the run is over, after {look.place.epoch} epochs: go back to a checkpoint with `swarm run rollback`, or start "
                 "another run from its export"
@@ -286,7 +293,8 @@ class _Steering:
             look = await self.look()
             if self._are_in_force(look):
                 return True
-            if look.place.epoch + NOTICE_EPOCHS > named:
+            assert self._given is not None
+            if not self._given.may_follow(look.in_force, look.place.epoch):
                 return False
             if look.place.epoch + NOTICE_EPOCHS < named or self._stands_still(look):
                 return True  # there is time
@@ -294,9 +302,7 @@ class _Steering:
 
     def _are_in_force(self, look: Look) -> bool:
         assert self._given is not None
-        commits = [one.commit for one in look.standings.values() if one.place == look.place and one.commit is not None]
-        serials = [open_orders(one.orders, self.store.run_id, self.store.owner).serial for one in commits]
-        return bool(serials) and min(serials) >= self._given.serial
+        return look.in_force.serial >= self._given.serial
 
     def _stands_still(self, look: Look) -> bool:
         return look.orders.is_paused or min(standing.idle_s for standing in look.standings.values()) > 3.0

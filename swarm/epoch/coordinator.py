@@ -294,8 +294,8 @@ class Coordinator:
         if lease is not None and (lease.trainer, lease.serial) == (peer, done.serial):
             del self._leases[unit]
         if not self._is_training(unit):
-            if done.result.is_sound:
-                self._results.setdefault(unit, done.result)
+            # A held-out loss that is not finite would be none the next time either.
+            self._results.setdefault(unit, done.result if done.result.is_sound else UnitResult(unit, 0, 0.0))
             return [(peer, Confirm(self.place, self.term, unit, done.ends_ledger, False)), *self._go_on()]
         letters: list[Letter] = []
         if self.phase is Phase.COLLECTING or unit >= EARLY:

@@ -734,6 +734,13 @@ class Member:
             else:
                 self._send(peer, Where(self.place))
             return
+        if not self.course.allows(self.place, self._orders, commit.orders):
+            self._actions.append(
+                Tell(f"a commit of epoch {commit.epoch} takes back what the owner said: its leader is passed over")
+            )
+            self._passed_over.add(commit.term.peer)
+            self._elect()
+            return
         # Who leads knows that his own term has no outcome yet, and may follow another's; his followers follow him.
         may_decide = self.leader is not None and self.leader.commit is None
         if commit.term < self._reported_term and not may_decide and peer != self.term.peer:

@@ -47,10 +47,13 @@ class Place:
         tag = b"shardswarm rollback 1" + era.to_bytes(8, "big")
         return Place(self.epoch, hashlib.sha256(tag + self.lineage).digest(), era)
 
+    def leads_to(self, goal: Place) -> bool:
+        """Whether the state here is that of the goal: it is the same place, or the run went back from there to here."""
+        return goal == self or (goal.era > self.era and goal == self.rolled_back(goal.era))
+
     def follows(self, commit: Commit | None, run_id: bytes) -> bool:
         """Whether a commit (None: the start of the run) leads here, be it by rolling back to where it led."""
-        origin = Place(0, run_id) if commit is None else commit.after
-        return self == origin or (self.era > origin.era and self == origin.rolled_back(self.era))
+        return place_after(commit, run_id).leads_to(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,10 @@ class Course(Protocol):
         """What a Commit that ends this epoch carries: newer ones, if they are known and may follow, or those in force."""
         ...
 
+    def allows(self, place: Place, orders: bytes, following: bytes) -> bool:
+        """Whether a Commit that ends this epoch may carry the orders `following`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class FixedCourse:
@@ -120,6 +127,9 @@ class FixedCourse:
 
     def next_orders(self, place: Place, orders: bytes) -> bytes:
         return orders
+
+    def allows(self, place: Place, orders: bytes, following: bytes) -> bool:
+        return orders == following
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +220,11 @@ class Commit:
     @property
     def after(self) -> Place:
         return Place(self.epoch + 1, self.lineage, self.era)
+
+
+def place_after(commit: Commit | None, run_id: bytes) -> Place:
+    """Where a commit leads; None: the start of the run."""
+    return Place(0, run_id) if commit is None else commit.after
 
 
 @dataclass(frozen=True, slots=True)

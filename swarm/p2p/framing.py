@@ -78,6 +78,7 @@ class FramedStream:
         self._failure: PeerFailed | None = None
         self._ended = False  # the peer said END
         self._closed = False
+        self._was_refused = False
         self._changed = asyncio.Event()  # a message, credit, pong or the end came
         self._pongs = 0
         self._pump_task: asyncio.Task[None] | None = None
@@ -233,7 +234,13 @@ class FramedStream:
         except (ConnectionError, OSError) as error:
             self._break(PeerFailed(f"the connection to peer {self.peer_id[-8:]} was lost: {error}"))
         except BadReply as error:
-            log.warning("stream broken by peer=%s reason=%s", self.peer_id, error)
+            # Whoever uses the stream says what that means; a reason that the peer gives is nothing bad by itself.
+            log.log(
+                logging.INFO if self._was_refused else logging.WARNING,
+                "stream broken by peer=%s reason=%s",
+                self.peer_id,
+                error,
+            )
             self._break(error)
         finally:
             self._writer.close()
@@ -274,6 +281,7 @@ class FramedStream:
                 return
             elif kind == FrameKind.ERROR:
                 reason = "".join(c for c in payload.decode(errors="replace")[:500] if c.isprintable())
+                self._was_refused = True
                 raise BadReply(f"peer {self.peer_id[-8:]} ended the stream: {reason}")
             elif kind == FrameKind.CREDIT and size == _CREDIT.size:
                 self._credit_bytes += _CREDIT.unpack(payload)[0]

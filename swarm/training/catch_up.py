@@ -78,7 +78,7 @@ async def fetch_snapshot(
             log.info("no snapshot from peer=%s reason=%s", replica.peer_id[-8:], answer)
         else:
             raise answer
-    places = [place for place in donors if not place.is_behind(at_least)]
+    places = [place for place in donors if place.leads_to(at_least) or not place.is_behind(at_least)]
     if not places:
         raise PeerFailed("no replica has a snapshot yet")
     place = max(places, key=lambda one: (len(donors[one]), one.epoch))
@@ -96,7 +96,7 @@ async def fetch_snapshot(
             num_vectors=num_vectors, on_bytes=on_bytes,
         )  # fmt: skip
     log.info("snapshot fetched epoch=%d donors=%d bytes=%d", place.epoch, len(donors[place]), num_bytes)
-    return place, head.saved.commit, state
+    return at_least if place.leads_to(at_least) else place, head.saved.commit, state
 
 
 async def _ask(

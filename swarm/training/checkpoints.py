@@ -17,7 +17,7 @@ from typing import TypeAlias
 import psutil
 from torch import Tensor
 
-from swarm.epoch.messages import Commit, Place, Term
+from swarm.epoch.messages import Commit, Place, Term, place_after
 from swarm.errors import BadRequest, UserError
 from swarm.run_orders import open_orders
 from swarm.run_store import RunStore
@@ -106,6 +106,7 @@ class Checkpoints:
         place, last = self._replay(self._journal, place, parameters)
         if last is not None:
             commit, self._journal_end = last, place
+        place = self._journal.went_on(place)
         held = self._journal.read_sum(place)
         if commit is None and held is None:
             return None
@@ -135,16 +136,23 @@ class Checkpoints:
         self, place: Place, term: Term, attempt: int, vector: Tensor, state_here: Callable[[], Awaitable[Saving]]
     ) -> None:
         """Before the only replica of a stage reports: what it would take to step again. state_here: the state at that place."""
-        is_based = place == self._journal_end or place in self.places or place == Place(0, self._run_id)
-        if not is_based:
+        if place != self._journal_end and not self._has(place):
             await self.wait()
             await self.save(*await state_here())
-            if place not in self.places:
+            if not self._has(place):
                 return  # without that state the sum is worth nothing
         try:
             await asyncio.to_thread(self._journal.write_sum, place, term, attempt, vector)
         except UserError as error:
             log.error("sum not kept epoch=%d reason=%s", place.epoch, error)
+
+    def _has(self, place: Place) -> bool:
+        """Whether a restart could begin there."""
+        return any(one.leads_to(place) for one in (*self.places, Place(0, self._run_id)))
+
+    def has_saved(self, place: Place) -> bool:
+        """Whether the state there is on this disk."""
+        return any(one.leads_to(place) for one in self.places)
 
     async def keep_commit(self, commit: Commit) -> None:
         """After the step: the outcome of a sum that was kept."""
@@ -189,15 +197,17 @@ class Checkpoints:
     async def snapshot(self, at_least: Place, state_here: Callable[[], Awaitable[Saving]]) -> Place | None:
         """Of which place, that one or a later one, there is a state on this disk, made now if need be. None: of none."""
         async with self._snapshots:
-            for place in self.places:
-                if not place.is_behind(at_least):
-                    return place
+            if (found := self._found_for(at_least)) is not None:
+                return found
             if time.monotonic() - self._last_snapshot_s < _LEAST_SNAPSHOT_PAUSE_S:
                 return None
             self._last_snapshot_s = time.monotonic()
             await self.wait()
             await self.save(*await state_here())
-            return next((place for place in self.places if not place.is_behind(at_least)), None)
+            return self._found_for(at_least)
+
+    def _found_for(self, at_least: Place) -> Place | None:
+        return next((one for one in self.places if one.leads_to(at_least) or not one.is_behind(at_least)), None)
 
     def is_due(self, commit: Commit) -> bool:
         """Whether the state after a commit is to be saved."""
@@ -222,7 +232,11 @@ class Checkpoints:
         self._saving = asyncio.create_task(self.save(place, commit, state))
 
     async def save(self, place: Place, commit: Commit | None, state: StageState) -> None:
-        """A disk that is full or broken costs a line in the log; what was saved before is as it was."""
+        """A disk that is full or broken costs a line in the log; what was saved before is as it was.
+
+        A state to which the run went back is saved as that of the checkpoint, which it is: from there one can go back again.
+        """
+        place = place_after(commit, self._run_id)
 
         def write() -> None:
             self.states.save(place, commit, state)

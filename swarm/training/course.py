@@ -101,6 +101,9 @@ class RunCourse:
     def next_orders(self, place: Place, orders: bytes) -> bytes:
         return self.newest_raw if self.newest.may_follow(self._opened(orders), place.epoch) else orders
 
+    def allows(self, place: Place, orders: bytes, following: bytes) -> bool:
+        return following == orders or self._opened(following).may_follow(self._opened(orders), place.epoch)
+
     def _opened(self, raw: bytes) -> Orders:
         """ValueError, naming the reason."""
         orders = open_orders(raw, self.run_id, self._store.owner)

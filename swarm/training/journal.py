@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 _MAGIC = b"shardswarm sum 1"
 _FIXED = struct.Struct("<16sQIIQ")  # magic, term number, attempt, bytes of the term's peer, values
 _MAX_PEER_BYTES = 500
+_MAX_ROLLBACKS = 16
+"""To one checkpoint, one after the other, that a restart looks for."""
 _NAME = re.compile(r"stage[0-9]+-epoch[0-9]+-[0-9a-f]{64}\.(sum|commit)")
 
 
@@ -96,6 +98,7 @@ class Journal:
     def steps_after(self, place: Place) -> Iterator[tuple[Commit, KeptSum | None]]:
         """The steps that were taken from a place on, each with its sum (None: a skipped step)."""
         while True:
+            place = self.went_on(place)
             commit = self._read_commit(place)
             if commit is None:
                 return
@@ -111,6 +114,7 @@ class Journal:
 
     def read_sum(self, place: Place) -> KeptSum | None:
         """What was averaged there, whatever became of it; None if there is nothing whole."""
+        place = self.went_on(place)
         try:
             with self._path(place, "sum").open("rb") as file:
                 magic, number, attempt, peer_bytes, size = _FIXED.unpack(file.read(_FIXED.size))
@@ -121,6 +125,11 @@ class Journal:
         except (OSError, struct.error, UnicodeDecodeError):
             return None
         return KeptSum(Term(number, peer), attempt, torch.from_numpy(values)) if len(values) == size else None
+
+    def went_on(self, place: Place) -> Place:
+        """The place itself, or where the run went on after it had gone back to there."""
+        later = (place.rolled_back(era) for era in range(place.era + _MAX_ROLLBACKS, place.era, -1))
+        return next((goal for goal in later if self._path(goal, "sum").exists()), place)
 
     def _note(self, place: Place) -> None:
         with self._changing:

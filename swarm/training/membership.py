@@ -92,6 +92,15 @@ class _Snapshot:
     state: StageState
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Found:
+    """The state at a place where we have to go."""
+
+    place: Place
+    commit: Commit | None
+    state: StageState
+
+
 @dataclass(slots=True)
 class Counters:
     """For people and benchmarks."""
@@ -151,7 +160,7 @@ class Membership:
         )  # fmt: skip
         self.on_commit: list[Callable[[Commit], None]] = []
         self.on_orders: list[Callable[[Orders], None]] = []
-        self._events: asyncio.Queue[m.Event | _Snapshot] = asyncio.Queue()
+        self._events: asyncio.Queue[m.Event | _Snapshot | _Found] = asyncio.Queue()
         self._held: dict[tuple[Term, int], Exchanged] = {}
         if resumed is not None and resumed.held is not None:
             kept = resumed.held
@@ -313,6 +322,9 @@ class Membership:
             if isinstance(event, _Snapshot):
                 await self._catch_up(event)
                 continue
+            if isinstance(event, _Found):
+                await self._go_to(event)
+                continue
             await self._perform(self.member.apply(event))
             if self._is_at_work is not self._was_at_work:
                 self._has_news.set()
@@ -373,7 +385,7 @@ class Membership:
     async def _roll_back(self) -> None:
         """Go back to a checkpoint if the owner says so; who lacks it follows the others."""
         goal = self.course.newest.rollback
-        if goal is not None and self.place.is_behind(goal) and await self._install_saved(goal):
+        if goal is not None and self.place.is_behind(goal) and await self._find_saved(goal):
             log.warning("the run goes back to epoch=%d: its owner says so", goal.epoch)
 
     async def _look_back(self, records: Sequence[MemberRecord]) -> None:
@@ -386,7 +398,7 @@ class Membership:
             "the run goes back from epoch=%d to epoch=%d: nobody has the newest state of stages=%s",
             decision.newest.epoch, decision.goal.epoch, ",".join(map(str, decision.lost)),
         )  # fmt: skip
-        await self._install_saved(decision.goal)
+        await self._find_saved(decision.goal)
 
     async def _announce(self) -> None:
         self._state = ShardState.ONLINE
@@ -578,7 +590,7 @@ class Membership:
 
     async def _fetch(self, order: m.Download) -> None:
         """Get the state from our disk or download that of a replica; if there is none, look again at where everybody is."""
-        if await self._install_saved(order.place):
+        if await self._find_saved(order.place):
             return
         records = await self.directory.find_members(self.run_id, [self.stage])
         for record in records:
@@ -599,17 +611,17 @@ class Membership:
             self.feed(m.Entered(place, commit))
             await self._fetch_snapshot(candidates, place)
             return
-        if await self._install_copy(order.place):
+        if await self._find_copy(order.place):
             return
         log.warning("nobody gave the state of this stage stage=%d asked=%d", self.stage, len(candidates))
         await asyncio.sleep(self.config.tick_s)
         self.feed(m.InVain())
 
-    async def _install_copy(self, goal: Place) -> bool:
-        """Go to a place to which the run went back, with a checkpoint that is on others' disks."""
+    async def _find_copy(self, goal: Place) -> bool:
+        """Go to a place to which the run went back, with a checkpoint that is on others' disks. False: there is none."""
         records = await self.directory.find_members(self.run_id, range(self.spec.num_stages))
         places = {place for record in records for place in record.places_of(self.stage)}
-        bases = [place for place in places if goal in (place, place.rolled_back(goal.era))]
+        bases = [place for place in places if place.leads_to(goal)]
         for base in bases:
             donors = [donor for donor in donors_of(records, self.stage, base) if donor.peer_id != self.host.peer_id]
             try:
@@ -623,11 +635,11 @@ class Membership:
                     len(self.parameters.state.tensors),
                 )
                 self.course.check(head.saved.commit)
-                await self._install(goal, head.saved.commit, state)
             except (PeerFailed, BadRequest, TimeoutError) as error:
                 log.info("no copy epoch=%d reason=%s", base.epoch, error)
                 continue
             self.counters.num_downloads += 1
+            self._events.put_nowait(_Found(goal, head.saved.commit, state))
             return True
         return False
 
@@ -687,16 +699,23 @@ class Membership:
         await self._perform(self.member.apply(m.Ready()))
         checkpoints.begin(*await self._saving())
 
-    async def _install_saved(self, place: Place) -> bool:
-        """Go to a place whose state is on our disk."""
+    async def _find_saved(self, place: Place) -> bool:
+        """Go to a place whose state is on our disk. False: it is not."""
         loaded = None if self.checkpoints is None else await self.checkpoints.load(place, self.parameters)
         if loaded is not None:
-            await self._install(place, loaded[1], loaded[0])
+            self._events.put_nowait(_Found(place, loaded[1], loaded[0]))
         return loaded is not None
 
-    async def _install(self, place: Place, commit: Commit | None, state: StageState) -> None:
+    async def _go_to(self, found: _Found) -> None:
+        """In its turn among the events: no step is taken meanwhile."""
+        place, commit = found.place, found.commit
+        if not (self.member.is_downloading or self.place.is_behind(place)):
+            return  # it came too late
+        if self._download is not None:
+            self._download.cancel()
+
         def install() -> None:
-            self.parameters.install(state)
+            self.parameters.install(found.state)
             self.weights_at = place, commit
 
         await self.work.on_device(install)
@@ -705,7 +724,7 @@ class Membership:
         log.info("state installed epoch=%d", place.epoch)
         if commit is not None:
             self._tell(commit)
-        self.feed(m.Installed(place, commit))
+        await self._perform(self.member.apply(m.Installed(place, commit)))
 
     async def _on_request(self, stage: int, request: training_pb2.MemberMessage, stream: FramedStream) -> None:
         if request.WhichOneof("kind") == "get_artifact":
@@ -767,7 +786,7 @@ class Membership:
         place, commit = self.weights_at
         assert commit is not None
         self.checkpoints.on_saved.clear()
-        if place not in self.checkpoints.places:
+        if not self.checkpoints.has_saved(place):
             await self.checkpoints.save(place, self._sign_kept(commit), self.parameters.state)
 
     def _sign_kept(self, commit: Commit) -> Commit:

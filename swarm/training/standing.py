@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from protos import training_pb2
@@ -21,11 +22,11 @@ from swarm.run_orders import NO_ORDERS, Orders, open_orders
 from swarm.run_store import RunStore
 from swarm.training.course import RunCourse
 from swarm.training.requests import Donor, open_request, received
-from swarm.training.rollback import newest
 from swarm.training.wire import commit_from_wire, commit_to_wire, decode, is_signed, place_from_wire, place_to_wire
 
 log = logging.getLogger(__name__)
 
+MAX_ERA = 2**32
 _TIMEOUT_S = 10.0
 _CONNECT_TIMEOUT_S = 5.0
 
@@ -63,6 +64,8 @@ def standing_from_wire(wire: training_pb2.Standing, store: RunStore) -> Standing
     commit = commit_from_wire(wire.commit) if wire.HasField("commit") else None
     if not place.follows(commit, store.run_id) or (commit is not None and not is_signed(commit, store.run_id)):
         raise BadReply(f"a member cannot prove how it came to epoch {place.epoch}")
+    if place.era > MAX_ERA:
+        raise BadReply("a member tells of a run that went back more often than anybody can")
     if not (math.isfinite(wire.idle_s) and math.isfinite(wire.eval_loss)):
         raise BadReply("a member told of times and losses that make no sense")
     evaluation = (wire.eval_epoch, wire.eval_loss) if wire.HasField("eval_loss") else None
@@ -108,13 +111,20 @@ async def newest_rules(host: Host, directory: Directory, store: RunStore) -> tup
     """What the owner has said, as members know it who are there, and the epoch of the one that is furthest; both are kept here."""
     records = await directory.find_members(store.run_id, range(store.spec.num_stages))
     present = [record for record in records if record.state != ShardState.LEAVING and record.peer_id != host.peer_id]
-    standings = (await ask_standings(host, store, present)).values()
+    standings = await ask_standings(host, store, present)
     course = RunCourse(store)
-    for standing in standings:
+    for standing in standings.values():
         with contextlib.suppress(BadReply):
             course.hear(standing.orders)
-    place = newest(standing.place for standing in standings)
-    return course.newest, 0 if place is None else place.epoch
+    return course.newest, most_common_place(standings).epoch if standings else 0
+
+
+def most_common_place(standings: Mapping[tuple[str, int], Standing]) -> Place:
+    """Where the members of the most stages are: one of them may say anything of itself. Of several the newest."""
+    stages: dict[Place, set[int]] = defaultdict(set)
+    for (_, stage), standing in standings.items():
+        stages[standing.place].add(stage)
+    return min(stages, key=lambda place: (-len(stages[place]), place.rank))
 
 
 def newest_orders(raws: Iterable[bytes], store: RunStore) -> tuple[Orders, bytes]:

@@ -112,6 +112,8 @@ def test_a_run_follows_its_owner(training: TrainingSwarm, command: Command) -> N
     assert refused.code == 1 and "choose one of " in refused.err and str(goal) in refused.err
     assert said(command("resume")) == f"the run goes on from epoch {goal}"
     wait_until(lambda: int(ahead) + 1 in training.steps_of(nodes[2]), 60, "the newcomer steps, with the other data")
+    # Once more to the same checkpoint, and while it trains.
+    assert said(command("rollback", str(goal))) == f"the run went back to epoch {goal}"
     end = int(re.match(r"the run ends after (\d+) epochs", said(command("end")))[1])  # type: ignore[index]
     assert trainer.wait(60) == 0
 

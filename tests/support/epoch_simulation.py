@@ -73,6 +73,9 @@ class SimulatedCourse:
         may_follow = self.newest.may_follow(self.orders_of(orders), place.epoch)
         return str(self.newest.serial).encode() if may_follow else orders
 
+    def allows(self, place: Place, orders: bytes, following: bytes) -> bool:
+        return following == orders or self.orders_of(following).may_follow(self.orders_of(orders), place.epoch)
+
 
 @dataclass
 class Process:
@@ -302,7 +305,7 @@ class World:
             if kind == 0:
                 self._order(newest.changed(is_paused=not newest.is_paused))
             elif kind == 1:
-                self._order(newest.with_eval(epoch, max(0, self.max_epoch - 5)))
+                self._order(newest.with_eval(epoch))
             elif len(newest.amendments) < 20:
                 self._order(newest.amended(Amendment(epoch=max(1, epoch), target_batch=self.dice.randint(1, 7))))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from swarm.epoch.messages import Commit, Term
 from swarm.identity import Identity
 from swarm.run_spec import OptimizerSettings
 from swarm.training.checkpoints import Checkpoints, Saving
-from swarm.training.parameters import StageParameters
+from swarm.training.parameters import StageParameters, gradient_digest
 from swarm.training.saved_states import SavedAt
 from swarm.training.wire import sign_commit
 
@@ -31,7 +32,10 @@ def parameters() -> StageParameters:
 
 def checkpoints_in(folder: Path, parameters: StageParameters) -> Checkpoints:
     store: Any = SimpleNamespace(
-        folder=folder, run_id=RUN, spec=SimpleNamespace(checkpoint_every=5, num_epochs=100, optimizer=None)
+        folder=folder,
+        run_id=RUN,
+        owner="",
+        spec=SimpleNamespace(checkpoint_every=5, num_epochs=100, optimizer=OptimizerSettings()),
     )
     return Checkpoints(store, 0, parameters.size)
 
@@ -71,6 +75,36 @@ async def test_a_damaged_state_is_named_once_and_nobody_is_told_that_it_is_here(
     await checkpoints.save(commit.after, commit, parameters.snapshot())
     assert [place.epoch for place in checkpoints.places] == [2, 1]
     assert await checkpoints.load(second.place, parameters) is not None
+
+
+async def test_a_state_to_which_the_run_went_back_is_that_of_the_checkpoint_and_a_step_from_there_is_taken_again(
+    tmp_path: Path, parameters: StageParameters
+) -> None:
+    commit = commit_to(7)
+    goal = commit.after.rolled_back(2)
+    checkpoints = checkpoints_in(tmp_path, parameters)
+    await checkpoints.save(goal, commit, parameters.snapshot())
+    assert checkpoints.places == (commit.after,) and checkpoints.has_saved(goal), "from where one can go back again"
+    loaded = await checkpoints.load(commit.after.rolled_back(3), parameters)
+    assert loaded is not None and loaded[1] == commit
+
+    async def state_here() -> Saving:
+        raise AssertionError("it is here")
+
+    assert await checkpoints.snapshot(goal, state_here) == commit.after
+    vector = torch.full((parameters.size,), 0.25)
+    await checkpoints.keep_sum(goal, TERM, 1, vector, state_here)
+    resumed = checkpoints_in(tmp_path, parameters).resume(parameters)
+    assert resumed is not None and resumed.place == goal and resumed.held is not None and resumed.held.attempt == 1
+    step = sign_commit(
+        replace(commit_to(8), parent=goal.lineage, era=goal.era, attempt=1, digests=(gradient_digest(vector),)),
+        RUN,
+        LEADER,
+    )
+    await checkpoints.keep_commit(step)
+    assert step.before == goal
+    resumed = checkpoints_in(tmp_path, parameters).resume(parameters)
+    assert resumed is not None and resumed.place == step.after and resumed.commit == step
 
 
 async def test_a_sum_is_kept_only_on_top_of_a_state_that_is_on_the_disk(

@@ -685,6 +685,19 @@ def test_held_out_microbatches_have_no_owner_in_ledgers_and_are_in_the_commit() 
     assert list(led.coordinator.rules.units_of(1)) == [0] and list(led.coordinator.rules.units_of(2)) == [0, 1, 2]
 
 
+def test_a_held_out_loss_that_is_not_finite_is_not_tried_again() -> None:
+    led = Led(Rules(num_stages=2, num_units=1, num_eval_units=1, eval_every=2))
+    trainer, lease = led.leases()[1]
+    led.say(trainer, Done(PLACE, TERM, lease.serial, (), ledger_of(trainer), UnitResult(1, 10, math.nan)))
+    unit, (other, lease) = 0, led.leases()[0]
+    ledgers = (lease.owners[0].ledger_id,)
+    led.say(other, Done(PLACE, TERM, lease.serial, ledgers, ledger_of(other), UnitResult(unit, 10, 1.0)))
+    led.report()
+    commit = led.coordinator.commit
+    assert commit is not None and [lease.unit for _, lease in led.told(Lease)] == [0, 1]
+    assert commit.eval_loss is None and commit.loss == 0.1
+
+
 def test_the_first_epoch_waits_for_the_least_number_of_replicas() -> None:
     rules = Rules(num_stages=2, num_units=1, min_replicas=2)
     led = Led(rules, {"n0": 0, "n1": 0, "t2": 1})
@@ -785,6 +798,17 @@ def commit_of(term: Term, attempt: int = 0, digest: bytes = b"mine", **changes: 
 
 
 OLD, NEW = Term(1, "n0"), Term(2, "t2")
+
+
+def test_a_leader_whose_commit_takes_back_what_the_owner_said_is_passed_over() -> None:
+    one = One()
+    one.obeys(NEW)
+    one.holds(NEW)
+    commit = commit_of(NEW, orders=b"forged")  # those in force are none, and FixedCourse allows no others
+    actions = one.gets("t2", commit)
+    assert not of_kind(actions, member.Step) and one.member.place == PLACE
+    assert [tell for tell in of_kind(actions, member.Tell) if "takes back" in tell.text]
+    assert of_kind(one.gets("t2", commit_of(NEW)), member.Step), "one that is right is still followed"
 
 
 def test_of_terms_the_highest_is_obeyed_and_an_old_one_refused() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from protos import training_pb2
 from swarm.epoch.messages import Place
 from swarm.identity import Identity
-from swarm.run_orders import MAX_ORDERS_BYTES, NO_ORDERS, Amendment, Orders, open_orders, sign_orders
+from swarm.run_orders import MAX_ORDERS_BYTES, NO_ORDERS, NOTICE_EPOCHS, Amendment, Orders, open_orders, sign_orders
 from swarm.run_spec import OptimizerSettings
 from tests.support.runs import make_spec
 
@@ -130,3 +130,49 @@ def test_a_batch_smaller_than_a_microbatch_is_refused_with_the_rules() -> None:
     orders = NO_ORDERS.amended(Amendment(epoch=5, target_batch=3))
     with pytest.raises(ValueError, match="microbatch is 4, more than the target_batch of 3"):
         orders.spec_at(SPEC, 5)
+
+
+def test_orders_that_came_too_late_do_not_keep_later_ones_from_being_in_force() -> None:
+    in_force = NO_ORDERS.amended(Amendment(epoch=5, lr=0.1)).with_eval(9)
+    late = in_force.amended(Amendment(epoch=11, lr=0.2)).with_eval(11)
+    assert not late.may_follow(in_force, 10)
+    assert not late.amended(Amendment(epoch=40, lr=0.3)).may_follow(in_force, 20)
+    again = late.rebased(in_force, 10).amended(Amendment(epoch=40, lr=0.3))
+    assert again.may_follow(in_force, 10) and [one.epoch for one in again.amendments] == [5, 40]
+    assert again.eval_epochs == (9,) and again.serial > late.serial
+
+
+@given(
+    st.lists(AMENDMENTS, max_size=4), st.lists(st.integers(0, 60), max_size=4), st.integers(0, 50), st.integers(0, 8)
+)
+def test_what_is_rebased_and_names_later_epochs_may_follow(
+    amendments: list[Amendment], evals: list[int], now: int, ahead: int
+) -> None:
+    in_force = newest = NO_ORDERS
+    for number, amendment in enumerate(amendments):
+        newest = newest.amended(amendment)
+        in_force = newest if number % 2 else in_force
+    for epoch in evals:
+        newest = newest.with_eval(epoch)
+    named = now + NOTICE_EPOCHS + ahead
+    orders = newest.rebased(in_force, now).amended(Amendment(epoch=max(named, 1), lr=0.5)).with_eval(named)
+    assert all(
+        orders.may_follow(in_force, epoch)
+        for epoch in range(now, now + ahead + 1)
+        if epoch + NOTICE_EPOCHS <= named and is_calm(newest, now, named)
+    )
+
+
+def is_calm(newest: Orders, now: int, named: int) -> bool:
+    """Nothing that was said before is due until then."""
+    due = range(now + NOTICE_EPOCHS, named)
+    return not any(one in due for one in (*(a.epoch for a in newest.amendments), *newest.eval_epochs))
+
+
+def test_orders_of_a_rolled_back_run_may_follow_at_the_checkpoint() -> None:
+    """An evaluation and an amendment that were in force at epoch 150 when the run goes back to 100."""
+    at_base = NO_ORDERS.with_eval(101).amended(Amendment(epoch=50, lr=0.1))
+    at_150 = at_base.amended(Amendment(epoch=120, lr=0.2)).with_eval(152)
+    goes_back = at_150.rebased(at_150, 150).changed(rollback=Place(100, b"l" * 32, 1))
+    assert goes_back.may_follow(at_base, 100)
+    assert goes_back.rebased(at_base, 100).amended(Amendment(epoch=102, lr=0.05)).may_follow(at_base, 100)
