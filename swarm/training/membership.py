@@ -24,7 +24,7 @@ from swarm.ending import cancelled
 from swarm.epoch import member as m
 from swarm.epoch.ledger import Ledger
 from swarm.epoch.messages import Commit, Hello, Mail, Message, Ordered, Place, Rate, Term
-from swarm.errors import BadReply, BadRequest, PeerFailed, UserError
+from swarm.errors import BadReply, BadRequest, UserError
 from swarm.exchange import ExchangeFailed, ExchangeMember
 from swarm.member_record import MAX_SAVED, MemberRecord
 from swarm.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
@@ -35,7 +35,7 @@ from swarm.run_orders import Orders
 from swarm.run_spec import RunSpec
 from swarm.run_store import RunStore
 from swarm.training.artifacts import send_artifact, take_artifact
-from swarm.training.catch_up import ask_place, fetch_snapshot, send_place
+from swarm.training.catch_up import send_place
 from swarm.training.checkpoints import Checkpoints, Resumed, Saving
 from swarm.training.copies import CopyStore, safe_place
 from swarm.training.course import RunCourse, UnitSamples
@@ -45,11 +45,11 @@ from swarm.training.member_name import member_name, peer_of, stage_of
 from swarm.training.outcome import apply_commit
 from swarm.training.pace import Pace
 from swarm.training.parameters import GradientSum, StageParameters, StageState, gradient_digest, square_norm
-from swarm.training.requests import Donor
 from swarm.training.rollback import Watch, saved_by_stage
 from swarm.training.run_host import RunHost
-from swarm.training.saved_transfer import donors_of, fetch_state, send_saved
+from swarm.training.saved_transfer import send_saved
 from swarm.training.standing import Standing, send_standing
+from swarm.training.state_finder import FoundState, Snapshot, StateFinder
 from swarm.training.wire import is_signed, place_from_wire, sign_commit
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _LEAST_ANNOUNCE_PAUSE_S = 0.5
-_ASK_TIMEOUT_S = 20.0
 TERM_STEP = 2**20
 
 
@@ -83,24 +82,6 @@ class Work(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Snapshot:
-    """A replica's state has come."""
-
-    place: Place
-    commit: Commit | None
-    state: StageState
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Found:
-    """The state at a place where we have to go."""
-
-    place: Place
-    commit: Commit | None
-    state: StageState
-
-
 @dataclass(slots=True)
 class Counters:
     """For people and benchmarks."""
@@ -108,6 +89,7 @@ class Counters:
     num_steps: int = 0
     num_skipped: int = 0
     num_downloads: int = 0
+    """Of states, from others."""
     num_aborted_rounds: int = 0
     averaging_s: float = 0.0
     bytes_averaged: int = 0
@@ -160,7 +142,7 @@ class Membership:
         )  # fmt: skip
         self.on_commit: list[Callable[[Commit], None]] = []
         self.on_orders: list[Callable[[Orders], None]] = []
-        self._events: asyncio.Queue[m.Event | _Snapshot | _Found] = asyncio.Queue()
+        self._events: asyncio.Queue[m.Event | Snapshot | FoundState] = asyncio.Queue()
         self._held: dict[tuple[Term, int], Exchanged] = {}
         if resumed is not None and resumed.held is not None:
             kept = resumed.held
@@ -189,6 +171,17 @@ class Membership:
             on_lost=self._on_lost,
             on_request=self._on_request,
             config=self.config.links,
+        )
+        self._finder = StateFinder(
+            run_host,
+            store,
+            stage,
+            parameters,
+            checkpoints,
+            self._links,
+            self.course,
+            self.config,
+            self._events.put_nowait,
         )
 
     def _new_ledger(self) -> Ledger:
@@ -319,10 +312,10 @@ class Membership:
         await self._perform(self.member.start())
         while True:
             event = await self._events.get()
-            if isinstance(event, _Snapshot):
+            if isinstance(event, Snapshot):
                 await self._catch_up(event)
                 continue
-            if isinstance(event, _Found):
+            if isinstance(event, FoundState):
                 await self._go_to(event)
                 continue
             await self._perform(self.member.apply(event))
@@ -385,7 +378,7 @@ class Membership:
     async def _roll_back(self) -> None:
         """Go back to a checkpoint if the owner says so; who lacks it follows the others."""
         goal = self.course.newest.rollback
-        if goal is not None and self.place.is_behind(goal) and await self._find_saved(goal):
+        if goal is not None and self.place.is_behind(goal) and await self._finder.find_saved(goal):
             log.warning("the run goes back to epoch=%d: its owner says so", goal.epoch)
 
     async def _look_back(self, records: Sequence[MemberRecord]) -> None:
@@ -398,7 +391,7 @@ class Membership:
             "the run goes back from epoch=%d to epoch=%d: nobody has the newest state of stages=%s",
             decision.newest.epoch, decision.goal.epoch, ",".join(map(str, decision.lost)),
         )  # fmt: skip
-        await self._find_saved(decision.goal)
+        await self._finder.find_saved(decision.goal)
 
     async def _announce(self) -> None:
         self._state = ShardState.ONLINE
@@ -585,85 +578,8 @@ class Membership:
     def _begin_fetching(self, order: m.Download) -> None:
         if self._download is not None:
             self._download.cancel()
-        self._download = asyncio.create_task(self._fetch(order))
+        self._download = asyncio.create_task(self._finder.find(order.place, self.member.known))
         self._download.add_done_callback(self._on_done)
-
-    async def _fetch(self, order: m.Download) -> None:
-        """Get the state from our disk or download that of a replica; if there is none, look again at where everybody is."""
-        if await self._find_saved(order.place):
-            return
-        records = await self.directory.find_members(self.run_id, [self.stage])
-        for record in records:
-            self._links.know(member_name(record.peer_id, record.stage), record.addresses)
-        known = {peer for peer, stage in self.member.known.items() if stage == self.stage}
-        online = {member_name(r.peer_id, r.stage) for r in records if r.state == ShardState.ONLINE}
-        candidates = sorted((online | known) - {self.name})
-        random.shuffle(candidates)
-        for name in candidates if self.checkpoints is not None else ():
-            try:
-                async with asyncio.timeout(_ASK_TIMEOUT_S):
-                    donor = self._donor(name)
-                    place, commit = await ask_place(self.host, donor, self.run_id, self.stage, order.place)
-                self.course.check(commit)
-            except (PeerFailed, TimeoutError) as error:
-                log.info("no state from member=%s reason=%s", name[-10:], error)
-                continue
-            self.feed(m.Entered(place, commit))
-            await self._fetch_snapshot(candidates, place)
-            return
-        if await self._find_copy(order.place):
-            return
-        log.warning("nobody gave the state of this stage stage=%d asked=%d", self.stage, len(candidates))
-        await asyncio.sleep(self.config.tick_s)
-        self.feed(m.InVain())
-
-    async def _find_copy(self, goal: Place) -> bool:
-        """Go to a place to which the run went back, with a checkpoint that is on others' disks. False: there is none."""
-        records = await self.directory.find_members(self.run_id, range(self.spec.num_stages))
-        places = {place for record in records for place in record.places_of(self.stage)}
-        bases = [place for place in places if place.leads_to(goal)]
-        for base in bases:
-            donors = [donor for donor in donors_of(records, self.stage, base) if donor.peer_id != self.host.peer_id]
-            try:
-                head, state = await fetch_state(
-                    self.host,
-                    self.run_id,
-                    self.stage,
-                    base,
-                    donors,
-                    self.parameters.size,
-                    len(self.parameters.state.tensors),
-                )
-                self.course.check(head.saved.commit)
-            except (PeerFailed, BadRequest, TimeoutError) as error:
-                log.info("no copy epoch=%d reason=%s", base.epoch, error)
-                continue
-            self.counters.num_downloads += 1
-            self._events.put_nowait(_Found(goal, head.saved.commit, state))
-            return True
-        return False
-
-    async def _fetch_snapshot(self, candidates: Sequence[str], at_least: Place) -> None:
-        """While the run goes on with us. Raises UserError if no replica gives it."""
-        deadline = time.monotonic() + self.config.download_timeout_s
-        while time.monotonic() < deadline:
-            try:
-                place, commit, state = await fetch_snapshot(
-                    self.host, list(map(self._donor, candidates)), self.run_id, self.stage, at_least, self.parameters
-                )
-            except (PeerFailed, TimeoutError) as error:
-                log.info("no snapshot yet reason=%s", error)
-                await asyncio.sleep(self.config.tick_s)
-                continue
-            self.counters.num_downloads += 1
-            self._events.put_nowait(_Snapshot(place, commit, state))
-            return
-        raise UserError(
-            f"no replica of stage {self.stage} gave its state within {self.config.download_timeout_s:.0f} s"
-        )
-
-    def _donor(self, name: str) -> Donor:
-        return Donor(peer_of(name), self._links.addresses_of(name))
 
     async def _keep_step(self, commit: Commit, held: Exchanged | None) -> None:
         assert self.checkpoints is not None
@@ -673,10 +589,11 @@ class Membership:
         except UserError as error:
             log.error("step not kept epoch=%d reason=%s", commit.epoch, error)
 
-    async def _catch_up(self, snapshot: _Snapshot) -> None:
+    async def _catch_up(self, snapshot: Snapshot) -> None:
         """The weights came: take the steps that were taken since, and begin to work."""
         if self.member.is_ready or self.member.is_downloading:
             return  # it came too late
+        self.counters.num_downloads += 1
         checkpoints, here = self.checkpoints, self.member.place
         assert checkpoints is not None
 
@@ -699,18 +616,12 @@ class Membership:
         await self._perform(self.member.apply(m.Ready()))
         checkpoints.begin(*await self._saving())
 
-    async def _find_saved(self, place: Place) -> bool:
-        """Go to a place whose state is on our disk. False: it is not."""
-        loaded = None if self.checkpoints is None else await self.checkpoints.load(place, self.parameters)
-        if loaded is not None:
-            self._events.put_nowait(_Found(place, loaded[1], loaded[0]))
-        return loaded is not None
-
-    async def _go_to(self, found: _Found) -> None:
+    async def _go_to(self, found: FoundState) -> None:
         """In its turn among the events: no step is taken meanwhile."""
         place, commit = found.place, found.commit
         if not (self.member.is_downloading or self.place.is_behind(place)):
             return  # it came too late
+        self.counters.num_downloads += found.is_download
         if self._download is not None:
             self._download.cancel()
 
