@@ -43,7 +43,7 @@ class NodeConfig:
     max_sessions: int = 64
     max_sessions_per_peer: int = 16
     max_waiting_jobs: int = 128
-    """Steps, forwards and backwards that may wait for the device, for sessions and for training each; more are refused."""
+    """Of peers' steps, forwards and backwards that may wait for the device, for sessions and for training each; more are refused."""
     stash_bytes: int = 1024 * 2**20
     """Budget for the autograd graphs of microbatches between forward and backward; 0: always compute again."""
     stash_expiry_s: int = 120
