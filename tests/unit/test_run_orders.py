@@ -130,3 +130,10 @@ def test_a_batch_smaller_than_a_microbatch_is_refused_with_the_rules() -> None:
     orders = NO_ORDERS.amended(Amendment(epoch=5, target_batch=3))
     with pytest.raises(ValueError, match="microbatch is 4, more than the target_batch of 3"):
         orders.spec_at(SPEC, 5)
+
+
+def test_a_batch_of_too_many_microbatches_is_refused_with_the_rules() -> None:
+    orders = NO_ORDERS.amended(Amendment(epoch=5, target_batch=4 * 2**18))
+    assert orders.spec_at(SPEC, 5).target_batch == 4 * 2**18
+    with pytest.raises(ValueError, match="an epoch would have 262145 microbatches"):
+        orders.amended(Amendment(epoch=5, target_batch=4 * 2**18 + 1)).spec_at(SPEC, 5)
