@@ -99,6 +99,10 @@ class SavedAt:
     def num_pieces(self) -> int:
         return -(-self.payload_bytes // PIECE_BYTES)
 
+    def piece_bytes(self, number: int) -> int:
+        """Of one piece: PIECE_BYTES, but for the last."""
+        return min(PIECE_BYTES, self.payload_bytes - PIECE_BYTES * number)
+
 
 @dataclass(frozen=True, slots=True)
 class SavedHead:
@@ -124,7 +128,7 @@ class SavedHead:
 
     def fits(self, number: int, piece: bytes) -> bool:
         """Whether these are the bytes of a piece."""
-        num_bytes = min(PIECE_BYTES, self.saved.payload_bytes - PIECE_BYTES * number)
+        num_bytes = self.saved.piece_bytes(number)
         digest = self.table[_HASH_BYTES * number : _HASH_BYTES * (number + 1)]
         return len(piece) == num_bytes and _sha256(piece) == digest
 
@@ -446,7 +450,7 @@ class OpenState:
         if not 0 <= number < self.saved.num_pieces:
             raise IndexError(f"piece {number} of {self.saved.num_pieces}")
         start = number * PIECE_BYTES
-        num_bytes = min(PIECE_BYTES, self.saved.payload_bytes - start)
+        num_bytes = self.saved.piece_bytes(number)
         try:
             piece = _read_at(self._file, self.saved.num_bytes - self.saved.payload_bytes + start, num_bytes)
             if _sha256(piece) != self.table[_HASH_BYTES * number : _HASH_BYTES * (number + 1)]:
