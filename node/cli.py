@@ -80,7 +80,7 @@ def cli() -> None:
     "--donor-mib",
     type=float,
     default=32.0,
-    help="With --run: MiB per second that it gives of its states to newcomers, copies and exports, all together.",
+    help="With --run: MiB per second, 1 or more, that it gives of its states to newcomers, copies and exports, all together.",
 )
 @click.option(
     "--copies/--no-copies",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from swarm.errors import UserError
 from swarm.span import Span
-from swarm.training.member_config import MembershipConfig
+from swarm.training.member_config import LEAST_DONOR_MIB_PER_S, MembershipConfig
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -43,7 +43,7 @@ class NodeConfig:
     max_sessions: int = 64
     max_sessions_per_peer: int = 16
     max_waiting_jobs: int = 128
-    """Steps, forwards and backwards that may wait for the device, for sessions and for training each; more are refused."""
+    """Of peers' steps, forwards and backwards that may wait for the device, for sessions and for training each; more are refused."""
     stash_bytes: int = 1024 * 2**20
     """Budget for the autograd graphs of microbatches between forward and backward; 0: always compute again."""
     stash_expiry_s: int = 120
@@ -76,7 +76,6 @@ class NodeConfig:
             raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         positive = {
             "--cache-mib": self.cache_bytes,
-            "--donor-mib": self.membership.donor_mib_per_s,
             "--max-sessions": self.max_sessions,
             "--max-sessions-per-peer": self.max_sessions_per_peer,
             "--session-idle": self.session_idle_s,
@@ -89,6 +88,11 @@ class NodeConfig:
         for flag, value in positive.items():
             if value <= 0:
                 raise UserError(f"{flag} must be positive, got {value}")
+        if not self.membership.donor_mib_per_s >= LEAST_DONOR_MIB_PER_S:
+            raise UserError(
+                f"--donor-mib must be {LEAST_DONOR_MIB_PER_S:g} or more, got {self.membership.donor_mib_per_s:g}: with less "
+                "nobody gets a state before giving up"
+            )
         if self.stash_bytes < 0:
             raise UserError(f"--stash-mib must not be negative, got {self.stash_bytes / 2**20:.0f}")
         if not 3 <= self.record_lifetime_s <= 300:

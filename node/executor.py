@@ -26,7 +26,7 @@ class _Job:
 
 
 class Executor:
-    """Runs functions on the device thread, with a bound on how many wait.
+    """Runs functions on the device thread, with a bound on how many of strangers wait.
 
     DeviceShare says whose turn it is, sessions' or training's, and of each of the two the JobQueue which job's.
 
@@ -50,24 +50,32 @@ class Executor:
         self._thread.start()
 
     async def run(
-        self, function: Callable[[], T], kind: JobKind = JobKind.STEP, purpose: Purpose = Purpose.SERVING
+        self,
+        function: Callable[[], T],
+        kind: JobKind = JobKind.STEP,
+        purpose: Purpose = Purpose.SERVING,
+        *,
+        is_own: bool = False,
     ) -> T:
-        """Raises Refused (no room) if max_waiting functions of this purpose wait already, and whatever function raises."""
-        if self._num_waiting[purpose] >= self._max_waiting:
+        """Raises Refused (no room) if max_waiting functions of this purpose wait already, and whatever function raises.
+
+        is_own: nobody else asked for it, so it is not counted and never refused.
+        """
+        if not is_own and self._num_waiting[purpose] >= self._max_waiting:
             raise Refused(
                 node_pb2.THIS_NODE_HAS_NO_ROOM,
                 f"{self._num_waiting[purpose]} jobs wait for the device already; try another node or later",
             )
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
-        self._num_waiting[purpose] += 1
+        self._num_waiting[purpose] += not is_own
         with self._lock:
             self._jobs[purpose].push(kind, _Job(function, loop, answer))
         self._tokens.put(True)
         try:
             return await answer
         finally:
-            self._num_waiting[purpose] -= 1
+            self._num_waiting[purpose] -= not is_own
 
     def close(self) -> None:
         """Let the running function and those that wait finish, and end the thread."""

@@ -17,6 +17,7 @@ from typing import Any, cast
 from google.protobuf.message import DecodeError
 
 from protos import run_pb2
+from swarm.epoch.messages import EARLY
 from swarm.identity import Identity, public_key_of, verify_signature
 from swarm.model_spec import DIGEST_BYTES, MAX_BLOCKS
 from swarm.run_id import RUN_ID_BYTES, make_run_id, parse_run_id
@@ -273,6 +274,12 @@ class RunSpec:
         require(
             self.microbatch <= self.target_batch,
             f"microbatch is {self.microbatch}, more than the target_batch of {self.target_batch}: make it smaller",
+        )
+        num_units = -(-self.target_batch // self.microbatch) - (-self.num_eval_samples // self.microbatch)
+        require(
+            num_units <= EARLY,
+            f"an epoch would have {num_units} microbatches, with those of held_out, at most {EARLY} are possible: "
+            "make microbatch larger, or target_batch or held_out smaller",
         )
         check_one_of("precision", self.precision, Precision)
         check_number("dropout", self.dropout, "must be in [0, 1); 0 for none", lambda value: 0 <= value < 1)

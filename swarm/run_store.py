@@ -17,6 +17,7 @@ import hashlib
 import os
 import tempfile
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ class RunStore:
         self.owner: str
         self.spec, self.owner = open_spec(raw, run_id)
         self._names = _names_of(self.spec)
+        self._learned: set[bytes] = set()
+        self.is_taking_offer = False
+        """Whether a peer is handing over a file just now: one at a time."""
 
     @classmethod
     def save(cls, raw: bytes, run_id: bytes, cache_dir: Path | None = None) -> RunStore:
@@ -97,9 +101,9 @@ class RunStore:
         """Where each file that the rules name by digest is, or belongs: SHA-256 of tokenizer files, 16 bytes of manifests."""
         return {digest: self.folder / names[0] for digest, names in self._names.items()}
 
-    def missing(self) -> list[bytes]:
-        """Digests of the files that are not here, or not as the rules say."""
-        return [digest for digest in self._names if self.is_missing(digest)]
+    def missing(self, wanted: Collection[bytes] | None = None) -> list[bytes]:
+        """Digests of the files that are not here, or not as the rules say. wanted: of these alone."""
+        return [digest for digest in self._names if (wanted is None or digest in wanted) and self.is_missing(digest)]
 
     def is_missing(self, digest: bytes) -> bool:
         """Whether the run names such a file, and it is not here as it should be."""
@@ -133,6 +137,11 @@ class RunStore:
         """The owner has amended the rules with this data: its manifest belongs to the run's files from now on."""
         if data.manifest_digest not in self._names:
             self._names[data.manifest_digest] = [f"manifest-{data.manifest_digest.hex()}.json"]
+            self._learned.add(data.manifest_digest)
+
+    def is_learned(self, digest: bytes) -> bool:
+        """Whether it is the manifest of data that the owner has amended the rules with."""
+        return digest in self._learned
 
     def manifest(self, data: DataSpec | None = None) -> bytes:
         """The manifest of data, or of the training data as first signed.

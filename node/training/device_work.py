@@ -20,7 +20,8 @@ class DeviceWork:
         self._executor = executor
 
     async def on_device(self, function: Callable[[], T]) -> T:
-        return await self._executor.run(function, purpose=Purpose.TRAINING)
+        """Never refused: without its steps the node would have to leave the run."""
+        return await self._executor.run(function, purpose=Purpose.TRAINING, is_own=True)
 
     def run(self, order: m.Run, place: Place) -> None:
         raise AssertionError("a node is never given a lease")

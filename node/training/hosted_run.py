@@ -97,7 +97,9 @@ class HostedRun:
             checkpoints = Checkpoints(store, number, stage.parameters.size)
             return stage, tokens_per_s, checkpoints, copies, checkpoints.resume(stage.parameters)
 
-        stage, tokens_per_s, checkpoints, copies, resumed = await parts.executor.run(load, purpose=Purpose.TRAINING)
+        stage, tokens_per_s, checkpoints, copies, resumed = await parts.executor.run(
+            load, purpose=Purpose.TRAINING, is_own=True
+        )
         hosted = cls(parts, store, stage, number, checkpoints, copies, resumed)
         hosted.membership.tokens_per_s = tokens_per_s
         return hosted
@@ -129,7 +131,7 @@ class HostedRun:
         if place is None or not self._parts.config.serves_sessions:
             return
         if self._resumed is not None and self._resumed.place == place:
-            values = await self._parts.executor.run(parameters.state.values.clone)
+            values = await self._parts.executor.run(parameters.state.values.clone, is_own=True)
             self._live.begin(place, values, is_checkpoint=True)
         elif (loaded := await checkpoints.load(place, parameters)) is not None:
             self._live.begin(place, loaded[0].values, is_checkpoint=True)

@@ -73,7 +73,7 @@ class Keeper:
             checkpoints = Checkpoints(self._store, spec.ends_stage, parameters.size)
             return parameters, checkpoints, checkpoints.resume(parameters)
 
-        parameters, checkpoints, resumed = await self._executor.run(load, purpose=Purpose.TRAINING)
+        parameters, checkpoints, resumed = await self._executor.run(load, purpose=Purpose.TRAINING, is_own=True)
         self.membership = Membership(
             self._run_host, self._store, spec.ends_stage, parameters, DeviceWork(self._executor),
             is_keeper=True, is_reachable=self._is_reachable, checkpoints=checkpoints, resumed=resumed, config=self._config,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,12 @@ from swarm.training.manifest import build_manifest
 from swarm.training.rollback import complete_places, newest, saved_by_stage
 from swarm.training.standing import Standing, ask_standings, most_common_place, newest_orders
 
+log = logging.getLogger(__name__)
+
 _LOOK_AGAIN_S = 0.3
+_NUM_HANDED = 2
+"""Members that are handed a file; the others get it from these."""
+_HAND_OVER_S = 20.0
 # How many epochs ahead a change is named: more, if the members were there before they heard of it.
 _NOTICES = (NOTICE_EPOCHS, 8, 32, 128)
 
@@ -246,12 +251,22 @@ class _Steering:
         if not takers:
             raise UserError("no member took the orders: it may run an older version of the software")
         self.store.keep_orders(raw)
-        for digest in self.artifacts:
-            for record in look.records:
-                if (record.peer_id, record.stage) in takers:
-                    with contextlib.suppress(PeerFailed, TimeoutError):  # others have it by now, and hand it on
-                        await give_artifact(self._host, self.store, record, digest)
+        heard = [record for record in look.records if (record.peer_id, record.stage) in takers]
+        await asyncio.gather(*(self._hand_out(digest, heard) for digest in self.artifacts))
         return look
+
+    async def _hand_out(self, digest: bytes, members: Sequence[MemberRecord]) -> None:
+        """Give a file to some members, if there are any to those of the ends, where others look for it first."""
+        first = sorted(members, key=lambda record: record.stage != self.store.spec.ends_stage)[:_NUM_HANDED]
+
+        async def give(record: MemberRecord) -> None:
+            try:
+                async with asyncio.timeout(_HAND_OVER_S):
+                    await give_artifact(self._host, self.store, record, digest)
+            except (PeerFailed, TimeoutError) as error:  # it may have the file already
+                log.info("file not handed over peer=%s reason=%s", record.peer_id[-8:], error)
+
+        await asyncio.gather(*map(give, first))
 
     async def name_epoch(
         self, change: Callable[[Orders, int, int], Orders], epoch: int | None, *, is_end: bool = False

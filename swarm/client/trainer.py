@@ -26,9 +26,10 @@ from swarm.client.trainer_data import TrainerData
 from swarm.client.training_ends import HeadResult, TrainableEnds, sum_gradients
 from swarm.epoch import member as m
 from swarm.epoch.messages import EARLY, Commit, Place, UnitResult
-from swarm.errors import Outdated, SwarmError, UserError
+from swarm.errors import BadRequest, Outdated, SwarmError, UserError
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import HostConfig, running_host
+from swarm.run_orders import Orders
 from swarm.run_spec import Precision
 from swarm.run_store import RunStore
 from swarm.tensors import WireFormat
@@ -101,7 +102,9 @@ class Trainer:
         self._kept.pop(order.unit, None)
         is_eval = self.membership.member.rules.num_units <= order.unit < EARLY
         samples = self.membership.samples_of(order.unit)
-        self._units[order.unit] = asyncio.create_task(self._run_unit(order, place, samples, is_eval=is_eval))
+        task = asyncio.create_task(self._run_unit(order, place, samples, is_eval=is_eval))
+        task.add_done_callback(self._on_unit_done)
+        self._units[order.unit] = task
 
     def stop_running(self, is_epoch_over: bool) -> None:
         for task in self._units.values():
@@ -141,6 +144,16 @@ class Trainer:
         log.info("microbatch failed unit=%d culprit=%s reason=%s", order.unit, culprit[-8:] or "-", reason)
         await asyncio.sleep(0.02)
         self.membership.feed(m.DidNotRun(order.unit, order.serial, culprit, reason[:200]))
+
+    def _on_unit_done(self, task: asyncio.Task[None]) -> None:
+        """What nobody has foreseen ends the trainer: with its unit neither done nor failed the epoch would never end."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        log.error("microbatch failed by a bug", exc_info=error)
+        self.failure = self.failure or BadRequest(
+            f"this trainer has a bug ({type(error).__name__}: {str(error)[:200]}): report it, with the log"
+        )
+        self.done.set()
 
     async def _through_all(self, order: m.Run, place: Place, samples: UnitSamples, *, is_eval: bool) -> UnitResult:
         """Forward through all stages, the loss, and backward. The gradient of the ends is kept until its AddEnds."""
@@ -254,7 +267,12 @@ async def open_trainer(config: TrainerConfig, pool: TokenizerPool | None = None)
                 await data.of(one)  # it is better to fail now
         shared = await stack.enter_async_context(run_host(host, directory))
         trainer = Trainer(shared, store, ends, data, config, checkpoints=checkpoints, resumed=resumed)
-        trainer.membership.on_orders.append(data.prepare)
+
+        def prepare(orders: Orders) -> None:
+            data.prepare(orders, trainer.membership.place.epoch)
+
+        trainer.membership.on_orders.append(prepare)
+        data.prepare(told, max(epoch, trainer.membership.place.epoch))
         if trainer.membership.is_over:
             trainer.done.set()
         stack.push_async_callback(trainer.aclose)

@@ -45,10 +45,16 @@ class TrainerData:
         """Raises UserError if the files are not where they should be, or not what they should be."""
         return await asyncio.shield(self._task_for(data))
 
-    def prepare(self, orders: Orders) -> None:
-        """Open what the owner amends the data with before it is needed; a line in the log if that is impossible."""
-        for amendment in orders.amendments:
-            if amendment.data is not None and amendment.data.manifest_digest not in self._opening:
+    def prepare(self, orders: Orders, epoch: int) -> None:
+        """Open what the owner amends the data with before it is needed; a line in the log if that is impossible.
+
+        epoch: where the run is. What was in force before is not needed any more.
+        """
+        of_data = [amendment for amendment in orders.amendments if amendment.data is not None]
+        begun = [amendment for amendment in of_data if amendment.epoch <= epoch]
+        for amendment in of_data[max(len(begun) - 1, 0) :]:
+            assert amendment.data is not None
+            if amendment.data.manifest_digest not in self._opening:
                 self._task_for(amendment.data).add_done_callback(functools.partial(_warn, amendment.epoch))
 
     async def aclose(self) -> None:
@@ -63,7 +69,8 @@ class TrainerData:
         return task
 
     async def _open(self, data: DataSpec) -> Samples:
-        await fetch_artifacts(self._host, self._directory, self._store, _FETCH_ROUNDS)
+        wanted = {*self._store.spec.tokenizer.values(), data.manifest_digest}
+        await fetch_artifacts(self._host, self._directory, self._store, _FETCH_ROUNDS, wanted)
         return await asyncio.to_thread(self._read, data)
 
     def _read(self, data: DataSpec) -> Samples:

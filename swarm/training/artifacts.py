@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 
 from protos import training_pb2
-from swarm.errors import PeerFailed, UserError
+from swarm.errors import BadReply, PeerFailed, UserError
 from swarm.member_record import MemberRecord
 from swarm.p2p.directory import Directory
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host
 from swarm.run_store import MAX_ARTIFACT_BYTES, RunStore
+from swarm.training.manifest import MAX_MANIFEST_BYTES
 from swarm.training.requests import Donor, open_request, receive_whole, received, send_content, send_whole
 from swarm.training.wire import decode
 
@@ -23,10 +25,19 @@ _ROUNDS = 6
 _PAUSE_S = 0.5
 
 
-async def fetch_artifacts(host: Host, directory: Directory, store: RunStore, num_rounds: int = _ROUNDS) -> None:
-    """Get what is missing on this disk from other members. Raises UserError if nobody has it."""
+async def fetch_artifacts(
+    host: Host,
+    directory: Directory,
+    store: RunStore,
+    num_rounds: int = _ROUNDS,
+    wanted: Collection[bytes] | None = None,
+) -> None:
+    """Get what is missing on this disk from other members. Raises UserError if nobody has it.
+
+    wanted: digests of the files that are needed; None: all.
+    """
     for round_number in range(num_rounds):
-        if not store.missing():
+        if not store.missing(wanted):
             return
         if round_number:
             await asyncio.sleep(_PAUSE_S)
@@ -34,17 +45,19 @@ async def fetch_artifacts(host: Host, directory: Directory, store: RunStore, num
         others = [member for member in members if member.peer_id != host.peer_id]
         # Trainers and keepers have them, other nodes only if they share a disk with one.
         for member in sorted(others, key=lambda member: (member.stage != store.spec.ends_stage, member.is_keeper)):
-            for digest in list(store.missing()):
+            for digest in store.missing(wanted):
                 try:
                     async with asyncio.timeout(_TIMEOUT_S):
                         content = await _fetch(host, store.run_id, member, digest)
                     store.put(digest, content)
+                except BadReply as error:  # it does not have this one, and may have the next
+                    log.info("no artifact from peer=%s reason=%s", member.peer_id[-8:], error)
                 except (PeerFailed, TimeoutError, ValueError) as error:
                     log.info("no artifact from peer=%s reason=%s", member.peer_id[-8:], error)
                     break
-    if store.missing():
+    if missing := store.missing(wanted):
         raise UserError(
-            f"{len(store.missing())} files of the run (tokenizer, list of its data) are with nobody who can be reached: "
+            f"{len(missing)} files of the run (tokenizer, list of its data) are with nobody who can be reached: "
             "start a trainer on the machine where the run was created"
         )
 
@@ -63,17 +76,28 @@ async def send_artifact(stream: FramedStream, store: RunStore, digest: bytes) ->
 
 
 async def take_artifact(stream: FramedStream, store: RunStore, offer: training_pb2.PutArtifact) -> None:
-    """Answer PutArtifact: keep the file if the run names it and it is not here."""
-    if not await asyncio.to_thread(store.is_missing, offer.digest):
-        await stream.fail("this member has that file, or does not need it")
+    """Answer PutArtifact: keep the file if the owner's orders name it and it is not here. One offer is taken at a time."""
+    if store.is_taking_offer:
+        await stream.fail("this member is taking another file just now: try later")
         return
-    async with asyncio.timeout(_TIMEOUT_S):
-        content = await receive_whole(stream, offer.num_bytes, MAX_ARTIFACT_BYTES)
+    store.is_taking_offer = True
     try:
-        await asyncio.to_thread(store.put, offer.digest, content)
+        await _take(stream, store, offer)
     except (ValueError, UserError) as error:
         await stream.fail(str(error))
-        return
+    finally:
+        store.is_taking_offer = False
+
+
+async def _take(stream: FramedStream, store: RunStore, offer: training_pb2.PutArtifact) -> None:
+    """Raises ValueError or UserError if it is not taken."""
+    if not (store.is_learned(offer.digest) and await asyncio.to_thread(store.is_missing, offer.digest)):
+        raise ValueError("this member has that file, or does not need it")
+    if offer.num_bytes > MAX_MANIFEST_BYTES:
+        raise ValueError(f"{offer.num_bytes} bytes are offered, a manifest has at most {MAX_MANIFEST_BYTES}")
+    async with asyncio.timeout(_TIMEOUT_S):
+        content = await receive_whole(stream, offer.num_bytes, MAX_MANIFEST_BYTES)
+    await asyncio.to_thread(store.put, offer.digest, content)
     answer = training_pb2.MemberMessage(artifact=training_pb2.Artifact(num_bytes=len(content)))
     async with asyncio.timeout(_TIMEOUT_S):
         await stream.send([answer.SerializeToString()])

@@ -2,8 +2,8 @@
 
 A stage with one replica has one disk; when that is gone, so is what the stage has learned. So when a checkpoint is complete (all
 stages and the ends have saved it), and fewer than `NUM_DISKS` peers have the state of some stage, a node that does not hold that
-stage fetches it and keeps it in a folder of its own. Which node: the first by rendezvous hashing, or the next ones if that one does
-not do it in time.
+stage fetches it and keeps it in a folder of its own. Which node: the first by rendezvous hashing, the same for every checkpoint of
+a stage, or the next ones if that one does not do it in time. A node keeps as many copies as its record can tell of.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from swarm.epoch.messages import Commit, Place
 from swarm.member_record import MAX_COPIES, MemberRecord
 from swarm.records import ShardState
 from swarm.run_store import RunStore
+from swarm.training.member_config import MembershipConfig
 from swarm.training.parameters import StageState
 from swarm.training.rollback import complete_places, newest, saved_by_stage
 from swarm.training.saved_states import SavedStates
@@ -25,7 +26,10 @@ from swarm.training.saved_states import SavedStates
 NUM_DISKS = 2
 """Peers that should have the state of each stage at the newest complete checkpoint."""
 TURN_S = 20.0
-"""After so long the next node in the order makes the copy."""
+"""Beside the time that the download takes, after so long the next node in the order makes the copy."""
+FIRST_PAUSE_S = 10.0
+"""After a copy could not be made; twice as long after each further time."""
+LONGEST_PAUSE_S = 300.0
 NUM_KEPT = 2
 """Copies of each stage."""
 
@@ -71,9 +75,18 @@ def turn_of(peer_id: str, records: Sequence[MemberRecord], copy: Copy, run_id: b
         return None
 
     def rank(one: str) -> bytes:
-        return hashlib.sha256(run_id + copy.place.lineage + bytes([copy.stage % 256]) + one.encode()).digest()
+        return hashlib.sha256(run_id + bytes([copy.stage % 256]) + one.encode()).digest()
 
     return sorted(nodes, key=rank).index(peer_id)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """A copy could not be made."""
+
+    num_times: int
+    until_s: float
+    """It is left alone."""
 
 
 @dataclass
@@ -82,18 +95,33 @@ class CopyWatch:
 
     peer_id: str
     run_id: bytes
-    num_stages: int
+    state_bytes: Sequence[int]
+    """Of each stage, and of the ends."""
     _since_s: dict[Copy, float] = field(default_factory=dict)
+    _failed: dict[Copy, _Failed] = field(default_factory=dict)
 
-    def look(self, records: Sequence[MemberRecord], now_s: float) -> Copy | None:
-        """A copy that it is our turn to make. now_s: of a clock that only goes forward."""
-        missing = missing_copies(records, self.num_stages)
+    def look(self, records: Sequence[MemberRecord], now_s: float) -> list[Copy]:
+        """All copies that it is our turn to make. now_s: of a clock that only goes forward."""
+        missing = missing_copies(records, len(self.state_bytes))
         self._since_s = {copy: self._since_s.get(copy, now_s) for copy in missing}
-        for copy in missing:
-            turn = turn_of(self.peer_id, records, copy, self.run_id)
-            if turn is not None and now_s - self._since_s[copy] >= turn * TURN_S:
-                return copy
-        return None
+        self._failed = {copy: failed for copy, failed in self._failed.items() if copy in self._since_s}
+        return [copy for copy in missing if self._is_due(copy, records, now_s)]
+
+    def failed(self, copy: Copy, now_s: float) -> None:
+        """It could not be made: leave it alone for a while."""
+        num_times = self._failed[copy].num_times + 1 if copy in self._failed else 1
+        pause_s = min(FIRST_PAUSE_S * 2 ** min(num_times - 1, 16), LONGEST_PAUSE_S)
+        self._failed[copy] = _Failed(num_times, now_s + pause_s)
+
+    def turn_s(self, stage: int) -> float:
+        """How long a node has to make a copy of a stage, from donors that give at the default rate."""
+        return TURN_S + self.state_bytes[stage] / (MembershipConfig().donor_mib_per_s * 2**20)
+
+    def _is_due(self, copy: Copy, records: Sequence[MemberRecord], now_s: float) -> bool:
+        if copy in self._failed and now_s < self._failed[copy].until_s:
+            return False
+        turn = turn_of(self.peer_id, records, copy, self.run_id)
+        return turn is not None and now_s - self._since_s[copy] >= turn * self.turn_s(copy.stage)
 
 
 class CopyStore:
@@ -101,38 +129,48 @@ class CopyStore:
 
     def __init__(self, store: RunStore, stage: int) -> None:
         """stage: the one that this node holds; what is here of it belongs to its own states, and goes there."""
-        self._store, self._stage = store, stage
-        self._adopt(stage)
+        stages = range(store.spec.num_stages)
+        self._stage, self._store = stage, store
+        self._copies = {one: SavedStates(store.folder / "copies", store.run_id, one) for one in stages}
+        self._own = {one: SavedStates(store.folder / "states", store.run_id, one) for one in stages}
+        self._adopt()
         self.places: tuple[tuple[int, Place], ...] = ()
         """For the record."""
-        self._look()
+        self.look()
 
     def states(self, stage: int) -> SavedStates:
-        """Those of one stage."""
-        return SavedStates(self._store.folder / "copies", self._store.run_id, stage)
+        """Those of one stage, the same ones each time: they know which files turned out to be damaged."""
+        return self._copies.get(stage) or SavedStates(self._store.folder / "copies", self._store.run_id, stage)
+
+    def look(self) -> bool:
+        """Whether other copies are here than before: one may have turned out to be damaged."""
+        before = self.places
+        stages = [stage for stage in self._copies if stage != self._stage]
+        found = [(stage, saved.place) for stage in stages for saved in self.states(stage).found()[:NUM_KEPT]]
+        self.places = tuple(sorted(found, key=lambda one: one[1].rank)[:MAX_COPIES])
+        return self.places != before
 
     def is_here(self, copy: Copy) -> bool:
         """Whether this disk has the state already: as a copy, or because a replica of that stage uses the same folder."""
-        own = SavedStates(self._store.folder / "states", self._store.run_id, copy.stage)
-        return any(saved.place == copy.place for saved in (*own.found(), *self.states(copy.stage).found()))
+        saved = (*self._own[copy.stage].found(), *self.states(copy.stage).found())
+        return any(one.place == copy.place for one in saved)
+
+    def has_place_for(self, copy: Copy) -> bool:
+        """Whether it would be among the copies that are kept."""
+        return sum(place.rank <= copy.place.rank for _, place in self.places) < MAX_COPIES
 
     def keep(self, copy: Copy, commit: Commit | None, state: StageState) -> None:
-        """Write a copy down; of older ones of the stage only the newest stay."""
-        states = self.states(copy.stage)
-        states.save(copy.place, commit, state)
-        states.prune([saved.place for saved in states.found()[:NUM_KEPT]])
-        self._look()
+        """Write a copy down. Older ones that others will not be told of any more are removed."""
+        self.states(copy.stage).save(copy.place, commit, state)
+        self.look()
+        for stage, states in self._copies.items():
+            if stage != self._stage:  # those are for whoever else uses the folder
+                states.prune([place for its_stage, place in self.places if its_stage == stage])
 
-    def _look(self) -> None:
-        stages = range(self._store.spec.num_stages)
-        places = [(s, saved.place) for s in stages if s != self._stage for saved in self.states(s).found()[:NUM_KEPT]]
-        newest_first = sorted(places, key=lambda one: one[1].rank)
-        self.places = tuple(newest_first[:MAX_COPIES])
-
-    def _adopt(self, stage: int) -> None:
-        own = SavedStates(self._store.folder / "states", self._store.run_id, stage)
+    def _adopt(self) -> None:
+        own = self._own[self._stage]
         try:
-            for saved in self.states(stage).found():
+            for saved in self.states(self._stage).found():
                 own.folder.mkdir(parents=True, exist_ok=True)
                 os.replace(saved.path, own.folder / saved.path.name)
         except OSError as error:

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 RUN_PROTOCOL = "shardswarm/run"  # libp2p protocol id of the streams between members
 
+LEAST_DONOR_MIB_PER_S = 1.0
+"""Below this who asks for a saved state would give up before its pieces come."""
+
 
 @dataclass(frozen=True, slots=True)
 class LinkConfig:

@@ -35,7 +35,7 @@ import stat
 import struct
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -99,6 +99,10 @@ class SavedAt:
     def num_pieces(self) -> int:
         return -(-self.payload_bytes // PIECE_BYTES)
 
+    def piece_bytes(self, number: int) -> int:
+        """Of one piece: PIECE_BYTES, but for the last."""
+        return min(PIECE_BYTES, self.payload_bytes - PIECE_BYTES * number)
+
 
 @dataclass(frozen=True, slots=True)
 class SavedHead:
@@ -124,7 +128,7 @@ class SavedHead:
 
     def fits(self, number: int, piece: bytes) -> bool:
         """Whether these are the bytes of a piece."""
-        num_bytes = min(PIECE_BYTES, self.saved.payload_bytes - PIECE_BYTES * number)
+        num_bytes = self.saved.piece_bytes(number)
         digest = self.table[_HASH_BYTES * number : _HASH_BYTES * (number + 1)]
         return len(piece) == num_bytes and _sha256(piece) == digest
 
@@ -143,7 +147,7 @@ class SavedStates:
         self.folder = folder
         self._run_id, self._stage = run_id, stage
         self._damaged: set[tuple[int, ...]] = set()
-        """Files whose vectors turned out to be wrong."""
+        """Files whose table or vectors turned out to be wrong."""
         self._told: set[tuple[Path, str, tuple[int, ...]]] = set()
 
     def save(self, place: Place, commit: Commit | None, state: StageState) -> SavedAt:
@@ -169,11 +173,21 @@ class SavedStates:
             self._write(saved, [raw_header, table, *vectors])
         return saved
 
+    def require_room(self, num_bytes: int) -> None:
+        """Raise UserError unless the disk has room for a state of so many bytes."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free_bytes = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise disk_error(self.folder, error) from error
+        if free_bytes < num_bytes:
+            raise self._no_room("a state", num_bytes, free_bytes, os.strerror(errno.ENOSPC))
+
     def found(self) -> list[SavedAt]:
         """Every saved state whose header is right and whose size fits it, the newest first: as Place.rank says.
 
-        Whatever else lies there is skipped with a line in the log, once, but for files of other stages; and so is what `load`
-        found to be damaged. Raises UserError if the folder cannot be read.
+        Whatever else lies there is skipped with a line in the log, once, but for files of other stages; and so is what was
+        found to be damaged when it was read. Raises UserError if the folder cannot be read.
         """
         found = []
         for path in self._list():
@@ -246,10 +260,12 @@ class SavedStates:
                 file = stack.enter_context(self._reopen(saved))
                 table_bytes = _HASH_BYTES * saved.num_pieces
                 table = _read_at(file, saved.num_bytes - saved.payload_bytes - table_bytes, table_bytes)
+                identity = _identity(os.fstat(file.fileno()))
                 if _sha256(table) != saved.table_digest:
+                    self._damaged.add(identity)
                     raise ValueError("the table of pieces does not have the digest that the header names")
                 stack.pop_all()
-                return OpenState(saved, table, file)
+                return OpenState(saved, table, file, lambda: self._damaged.add(identity))
         except (OSError, ValueError) as error:
             raise _damaged(saved.path, error) from error
 
@@ -374,11 +390,14 @@ class SavedStates:
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise disk_error(self.folder, error) from error
-            raise UserError(
-                f"saving the state of epoch {saved.place.epoch} needs {saved.num_bytes:,} bytes in {self.folder} and "
-                f"{free_bytes:,} are free ({error.strerror}): free some space, keep fewer states, raise this process's "
-                "limits, or set SHARDSWARM_CACHE to a folder on another disk"
-            ) from error
+            what = f"the state of epoch {saved.place.epoch}"
+            raise self._no_room(what, saved.num_bytes, free_bytes, error.strerror or str(error)) from error
+
+    def _no_room(self, what: str, num_bytes: int, free_bytes: int, reason: str) -> UserError:
+        return UserError(
+            f"saving {what} needs {num_bytes:,} bytes in {self.folder} and {free_bytes:,} are free ({reason}): free some space, "
+            "keep fewer states, raise this process's limits, or set SHARDSWARM_CACHE to a folder on another disk"
+        )
 
     @contextlib.contextmanager
     def _partial_file(self) -> Iterator[tuple[int, Path]]:
@@ -413,11 +432,11 @@ class SavedStates:
 class OpenState:
     """A saved state's pieces, each checked as it is read. Stays readable when the file is pruned; any thread may read."""
 
-    def __init__(self, saved: SavedAt, table: bytes, file: FileIO) -> None:
+    def __init__(self, saved: SavedAt, table: bytes, file: FileIO, on_damaged: Callable[[], None]) -> None:
         self.saved = saved
         self.table = table
         """The SHA-256 of each piece, 32 bytes each."""
-        self._file = file
+        self._file, self._on_damaged = file, on_damaged
 
     def read_head(self) -> bytes:
         """All before the vectors, as SavedHead.parse takes it. Raises UserError if it cannot be read."""
@@ -431,10 +450,11 @@ class OpenState:
         if not 0 <= number < self.saved.num_pieces:
             raise IndexError(f"piece {number} of {self.saved.num_pieces}")
         start = number * PIECE_BYTES
-        num_bytes = min(PIECE_BYTES, self.saved.payload_bytes - start)
+        num_bytes = self.saved.piece_bytes(number)
         try:
             piece = _read_at(self._file, self.saved.num_bytes - self.saved.payload_bytes + start, num_bytes)
             if _sha256(piece) != self.table[_HASH_BYTES * number : _HASH_BYTES * (number + 1)]:
+                self._on_damaged()
                 raise ValueError(f"piece {number} does not have the digest that the table names")
         except (OSError, ValueError) as error:
             raise _damaged(self.saved.path, error) from error

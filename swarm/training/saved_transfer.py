@@ -3,6 +3,8 @@
     asker: GetSaved                       donor: SavedState, then the file's head (header and table of pieces) in raw messages
     asker: GetPieces, again and again     donor: so many raw messages of one piece each
 
+A donor that gives to as many as it can ends the stream with that reason; for the asker it is one that has failed.
+
 Donors are believed in so far as they agree: the head that most of them have is taken, and every piece must fit its table.
 """
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from protos import training_pb2
 from swarm.epoch.messages import Place
-from swarm.errors import BadReply, BadRequest, PeerFailed, UserError
+from swarm.errors import BadReply, BadRequest, Busy, PeerFailed, UserError
 from swarm.member_record import MemberRecord
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host
@@ -48,8 +50,9 @@ def donors_of(records: Iterable[MemberRecord], stage: int, place: Place) -> list
 async def send_saved(stream: FramedStream, states: SavedStates, request: training_pb2.GetSaved, pace: Pace) -> None:
     """Answer GetSaved, and the requests for pieces that follow."""
     try:
-        await _send_pieces(stream, states, place_from_wire(request.place), pace)
-    except BadRequest as error:
+        with pace.stream(stream.peer_id):
+            await _send_pieces(stream, states, place_from_wire(request.place), pace)
+    except (BadRequest, Busy) as error:
         await stream.fail(str(error))
     except UserError as error:
         log.warning("saved state not sent peer=%s reason=%s", stream.peer_id[-8:], error)
@@ -77,8 +80,8 @@ async def _send_pieces(stream: FramedStream, states: SavedStates, place: Place, 
             if not (0 < wanted.count <= MAX_PIECES_PER_REQUEST and wanted.first + wanted.count <= saved.num_pieces):
                 raise BadRequest("there are no such pieces")
             for number in range(wanted.first, wanted.first + wanted.count):
+                await pace.take(saved.piece_bytes(number), lambda: not stream.is_broken)
                 piece = await asyncio.to_thread(opened.read_piece, number)
-                await pace.take(len(piece))
                 async with asyncio.timeout(_TIMEOUT_S):
                     await stream.send([piece])
 

@@ -118,6 +118,11 @@ BAD_ARGUMENTS: dict[str, tuple[str, list[str], str]] = {
     "no blocks": ("node", [*NODE, "--num-blocks", "-1"], "--num-blocks must be positive, got -1"),
     "nothing for sessions": ("node", [*NODE, "--serving-share", "0"], "--serving-share must be more than 0 and less"),
     "nothing for training": ("node", [*NODE, "--serving-share", "1"], "must be more than 0 and less than 1, got 1.0"),
+    "nothing for newcomers": (
+        "node",
+        ["run", "--run", "ab" * 32, "--donor-mib", "0.5"],
+        "--donor-mib must be 1 or more",
+    ),
     "short life": ("node", [*NODE, "--record-lifetime", "1"], "--record-lifetime must be 3 to 300 seconds"),
     "listen": ("node", [*NODE, "--listen", "0.0.0.0:80"], "is not a multiaddr such as /ip4/203.0.113.7/tcp/31337"),
     "listen port": ("node", [*NODE, "--listen", "/ip4/0.0.0.0/tcp/70000"], "is not a multiaddr"),

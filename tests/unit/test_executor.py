@@ -11,6 +11,7 @@ import pytest
 from node.device_share import DeviceShare, Purpose
 from node.executor import Executor
 from node.job_queue import MAX_PASSED_OVER, JobKind
+from node.training.device_work import DeviceWork
 from protos import node_pb2
 from swarm.messages import Refused
 
@@ -173,3 +174,22 @@ async def test_neither_purpose_takes_the_others_room():
         with pytest.raises(Refused, match="2 jobs wait"):
             await blocked.executor.run(lambda: None, BACKWARD, Purpose.TRAINING)
         await blocked.release(*jobs)
+
+
+async def test_the_nodes_own_jobs_are_never_refused_and_take_nobodys_room():
+    async with blocked_executor(max_waiting=3) as blocked:
+        work = DeviceWork(blocked.executor)
+        own = [asyncio.create_task(work.on_device(lambda: "own")) for _ in range(10)]
+        await asyncio.sleep(0)
+
+        def ask():
+            return blocked.executor.run(lambda: "peer's", FORWARD, Purpose.TRAINING)
+
+        jobs = [asyncio.create_task(ask()) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(Refused, match="3 jobs wait"):
+            await ask()
+        own.append(asyncio.create_task(work.on_device(lambda: "own")))
+        await asyncio.sleep(0)
+        await blocked.release(*own, *jobs)
+        assert [job.result() for job in own] == ["own"] * 11

@@ -176,3 +176,10 @@ def test_orders_of_a_rolled_back_run_may_follow_at_the_checkpoint() -> None:
     goes_back = at_150.rebased(at_150, 150).changed(rollback=Place(100, b"l" * 32, 1))
     assert goes_back.may_follow(at_base, 100)
     assert goes_back.rebased(at_base, 100).amended(Amendment(epoch=102, lr=0.05)).may_follow(at_base, 100)
+
+
+def test_a_batch_of_too_many_microbatches_is_refused_with_the_rules() -> None:
+    orders = NO_ORDERS.amended(Amendment(epoch=5, target_batch=4 * 2**18))
+    assert orders.spec_at(SPEC, 5).target_batch == 4 * 2**18
+    with pytest.raises(ValueError, match="an epoch would have 262145 microbatches"):
+        orders.amended(Amendment(epoch=5, target_batch=4 * 2**18 + 1)).spec_at(SPEC, 5)

@@ -65,6 +65,13 @@ NONSENSE: dict[str, tuple[dict[str, Any], str]] = {
     "half a batch": ({"target_batch": 1.5}, "target_batch must be a whole number"),
     "no microbatch": ({"microbatch": 0}, "microbatch must be a whole number from 1 to"),
     "large microbatch": ({"microbatch": 33}, "microbatch is 33, more than the target_batch of 32: make it smaller"),
+    "many microbatches": (
+        {"target_batch": 2**18 + 1, "microbatch": 1},
+        "an epoch would have 262145 microbatches, .* at most 262144 are possible: make microbatch larger",
+    ),
+    "many of held-out data": (
+        {"target_batch": 2**18, "microbatch": 1, "held_out": make_data(num_samples=1)}, "would have 262145 microbatches",
+    ),
     "precision": ({"precision": "fp64"}, "precision must be one of fp32, bf16"),
     "averaging": ({"averaging": "int4"}, "averaging must be one of fp32, bf16, int8"),
     "dropout of all": ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
@@ -217,7 +224,11 @@ def specs(draw: st.DrawFn) -> RunSpec:
     stages = tuple(Span(start, end) for start, end in zip([0, *ends], ends, strict=False))
     digests = st.binary(min_size=16, max_size=16)
     target_batch = draw(st.integers(1, 2**24))
-    held_out = draw(st.none() | data_specs)
+    microbatch = draw(st.integers(-(-target_batch // 2**17), target_batch))
+    held_out = draw(
+        st.none()
+        | data_specs.map(lambda data: dataclasses.replace(data, num_samples=min(data.num_samples, microbatch * 2**17)))
+    )
     return RunSpec(
         name=draw(texts),
         config={**draw(st.dictionaries(texts, json_values, max_size=4)), "num_hidden_layers": ends[-1]},
@@ -235,7 +246,7 @@ def specs(draw: st.DrawFn) -> RunSpec:
         stages=stages,
         sequence_length=draw(st.integers(2, 2**20)),
         target_batch=target_batch,
-        microbatch=draw(st.integers(1, target_batch)),
+        microbatch=microbatch,
         optimizer=draw(optimizers),
         precision=draw(st.sampled_from(Precision)),
         dropout=draw(st.floats(0, 0.99)),
