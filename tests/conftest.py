@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -9,9 +10,16 @@ from hypothesis import HealthCheck, settings
 
 from tests.support.fork_server import ForkServer
 
+gc.disable()  # until all is imported: there is no garbage yet, and looking for it takes a quarter of that time
+
 # How long an example takes says nothing on a machine that others use, too.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported stays
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -274,12 +275,28 @@ def _end(code: str | int | None) -> NoReturn:
     os._exit(code or 0)
 
 
+def _warm_up() -> None:
+    """What every program does once, and imports for it: parse an address; cut a model."""
+    from hivemind.utils.multiaddr import Multiaddr
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    from swarm.identity import Identity
+
+    str(Multiaddr(f"/ip4/127.0.0.1/tcp/1/p2p/{Identity.generate().peer_id}"))
+    get_checkpoint_conversion_mapping("llama")
+
+
 def main() -> None:
     descriptor, *modules = sys.argv[1:]
+    gc.disable()  # looking for garbage takes a quarter of the time of these imports
     for module in modules:
         importlib.import_module(module)
+    _warm_up()
     assert threading.active_count() == 1, f"a fork has one thread, its server has {threading.enumerate()}"
     gc.freeze()  # so that a collection in a fork does not copy the pages of what it shares
+    gc.enable()
+    for finalizer in weakref.finalize._registry.values():  # type: ignore[attr-defined]
+        finalizer.atexit = False  # torch takes its operators apart, which copies 9000 pages of a fork that ends
     request = serve(socket.socket(fileno=int(descriptor)))
     if request is not None:
         try:
