@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -13,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from swarm.client.runs import publish_run
 from tests.support.fork_server import ForkServer
 from tests.support.one_process_training import samples_of_run, train_in_one_process
+from tests.support.probes import run_program
 from tests.support.processes import Process, local_swarm, wait_until
 from tests.support.training_swarm import TrainingSwarm, largest_error, make_run, weights_of_run
 
@@ -67,22 +66,11 @@ def test_new_trainers_go_on_when_all_others_and_their_files_are_gone(
 def check_export(training: TrainingSwarm, nodes: list[Process], trainer: Process, folder: Path) -> None:
     """With no trainer there, what nodes have on their disks makes a checkpoint of the replicas' very bytes."""
     out = folder / "exported"
-    command = [
-        sys.executable,
-        "-m",
-        "swarm",
-        "export",
-        "--run",
-        training.run_id,
-        "--out",
-        str(out),
-        "--epoch",
-        str(NUM_EPOCHS),
-    ]
-    command += ["--initial-peers", training.swarm.initial_peers[0], "--cache-dir", str(folder / "stranger")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert f"epoch {NUM_EPOCHS}, loss" in done.stdout
+    arguments = ["export", "--run", training.run_id, "--out", str(out), "--epoch", str(NUM_EPOCHS)]
+    arguments += ["--initial-peers", training.swarm.initial_peers[0], "--cache-dir", str(folder / "stranger")]
+    done = run_program("swarm", *arguments, fork_server=training.swarm.fork_server)
+    assert done.code == 0, done.err
+    assert f"epoch {NUM_EPOCHS}, loss" in done.out
     model = AutoModelForCausalLM.from_pretrained(out)
     weights = weights_of_run(training, nodes, trainer)
     loaded = dict(model.named_parameters())

@@ -41,12 +41,12 @@ def endless_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def swarm_cli(
     nodes: LocalSwarm, endless_path: Path, fault_root: Path, fork_server: ForkServer
 ) -> Iterator[Callable[..., CommandLine]]:
-    """Starts `swarm COMMAND ...` on the endless model; `generate` in an interpreter of its own."""
+    """Starts `swarm COMMAND ...` on the endless model; real_command: in an interpreter of its own."""
     started: list[CommandLine] = []
 
-    def start(command: str, *arguments: str) -> CommandLine:
+    def start(command: str, *arguments: str, real_command: bool = False) -> CommandLine:
         words = (command, "--initial-peers", nodes.initial_peers[0], "--model", str(endless_path), *arguments)
-        started.append(CommandLine(fault_root, *words, fork_server=None if command == "generate" else fork_server))
+        started.append(CommandLine(fault_root, *words, fork_server=None if real_command else fork_server))
         return started[-1]
 
     yield start
@@ -66,7 +66,7 @@ def sweep_with_next_start(nodes: LocalSwarm, pid: int, root: Path) -> None:
 def test_a_killed_node_leaves_no_p2pd_and_the_next_start_removes_its_sockets(
     victims: Victims, nodes: LocalSwarm, fault_root: Path
 ) -> None:
-    (node,) = victims.start("0:2", real_command=True, s_per_block=None)
+    (node,) = victims.start("0:2")
     (p2pd,) = node.p2pd_pids()
     node.send(signal.SIGKILL)
     assert node.wait(5) == -signal.SIGKILL
@@ -74,11 +74,11 @@ def test_a_killed_node_leaves_no_p2pd_and_the_next_start_removes_its_sockets(
     sweep_with_next_start(nodes, node.pid, fault_root)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "real_command"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_a_node_that_is_told_to_leave_leaves_nothing_behind(
-    number: signal.Signals, victims: Victims, nodes: LocalSwarm, fault_root: Path, tiny_path: Path
+    number: signal.Signals, real_command: bool, victims: Victims, nodes: LocalSwarm, fault_root: Path, tiny_path: Path
 ) -> None:
-    (node,) = victims.start("0:2", real_command=True, s_per_block=None)
+    (node,) = victims.start("0:2", real_command=real_command, s_per_block=None)
     (p2pd,) = node.p2pd_pids()
     with client_of(nodes, tiny_path) as client:
 
@@ -150,7 +150,7 @@ def test_ctrl_c_frees_the_session_on_every_hop(
     observer.wait_for_sessions(slow, 1, 40)
     wait_until(lambda: observer.status(slow).num_steps >= 2, 20, "the first answer is given")
     fault_id = nodes.plant(slow, "slow", 1, delay_s=0.2)
-    generating = swarm_cli("generate", "--max-new-tokens", "200", "The quick brown fox")
+    generating = swarm_cli("generate", "--max-new-tokens", "200", "The quick brown fox", real_command=True)
     answering = swarm_cli("chat", "--max-new-tokens", "150", "--max-length", "250")
     answering.type("hello")
     for node in (slow, other):

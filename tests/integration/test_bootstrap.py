@@ -83,7 +83,7 @@ def test_the_peer_id_is_the_same_after_a_restart_and_after_a_kill(bootstraps: Bo
     first.send(signal.SIGKILL)
     first.wait(5)
     # As where SHARDSWARM_INITIAL_PEERS holds its own address.
-    second = bootstraps.start("a", "--initial-peers", first.address, real_command=True)
+    second = bootstraps.start("a", "--initial-peers", first.address)
     assert second.peer_id == peer_id
     wait_until(lambda: not any(map(is_alive, p2pd)), 5, "the killed peer's p2pd gone")
     assert directories_of(first.pid) == [], "swept by the second start"
@@ -106,9 +106,9 @@ def test_the_printed_command_joins_as_it_is_printed_and_a_second_bootstrap_peer_
         program, *arguments = shlex.split(line.removeprefix(label))
         script = Path(sysconfig.get_path("scripts")) / program
         assert script.exists(), f"{program} is not installed"
-        return [str(script), *(str(model) if word == "smollm2-135m" else word for word in arguments)]
+        return [sys.executable, str(script), *(str(model) if word == "smollm2-135m" else word for word in arguments)]
 
-    node = Process([*printed(first, "Host blocks:"), "--drain-timeout", "1"], tmp_path / "node.log")
+    node = Process([*printed(first, "Host blocks:"), "--drain-timeout", "1"], tmp_path / "node.log", None, fork_server)
     bootstraps.started.append(node)
     assert node.ready()["span"] == "0:4"
 
@@ -116,7 +116,7 @@ def test_the_printed_command_joins_as_it_is_printed_and_a_second_bootstrap_peer_
     first.wait(5)
     # The first is gone: who joins by the second still finds the node.
     command = printed(second, "Generate:")
-    generate = Process([*command, "--max-new-tokens", "2", "--json"], tmp_path / "generate.log")
+    generate = Process([*command, "--max-new-tokens", "2", "--json"], tmp_path / "generate.log", None, fork_server)
     bootstraps.started.append(generate)
     assert generate.wait(60) == 0, generate.log
     status = run_program("swarm", "status", "--initial-peers", second.address, fork_server=fork_server)

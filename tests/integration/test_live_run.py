@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import swarm
 from swarm.client.runs import publish_run
 from swarm.errors import SwarmError, UserError
 from tests.support.fork_server import ForkServer
+from tests.support.probes import Finished, run_program
 from tests.support.processes import Process, local_swarm, wait_until
 from tests.support.training_swarm import TrainingSwarm, make_run
 
@@ -89,14 +88,15 @@ def test_the_finished_run_speaks_as_its_export_does(training: TrainingSwarm, tmp
         tokens = generate(client)
         assert not client.is_outdated()
 
-    def run_swarm(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "swarm", *arguments, "--cache-dir", str(tmp_path / "client")]
-        command += ["--initial-peers", training.swarm.initial_peers[0]]
-        return subprocess.run(command, check=True, timeout=120, capture_output=True, text=True)
+    def run_swarm(*arguments: str) -> Finished:
+        common = ["--cache-dir", str(tmp_path / "client"), "--initial-peers", training.swarm.initial_peers[0]]
+        done = run_program("swarm", *arguments, *common, fork_server=training.swarm.fork_server)
+        assert done.code == 0, done.err
+        return done
 
     run_swarm("export", "--run", training.run_id, "--out", str(tmp_path / "out"))
     said = run_swarm("generate", "--run", training.run_id, "--max-new-tokens", "12", "--json", PROMPT)
-    assert json.loads(said.stdout)["token_ids"] == tokens[-12:]
+    assert json.loads(said.out)["token_ids"] == tokens[-12:]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     inputs = torch.tensor([tokens[: len(tokens) - 12]])
     assert model.generate(inputs, max_new_tokens=12, do_sample=False)[0].tolist() == tokens

@@ -5,7 +5,6 @@ node's host 10.77.x.2 --- 10.77.x.1 [bootstrap] 10.78.x.1 --- 10.78.x.2 client's
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -15,7 +14,8 @@ import sys
 import pytest
 
 from tests.support.models import save_tiny
-from tests.support.processes import ROOT, Process
+from tests.support.probes import run_python
+from tests.support.processes import Process, stop_all
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and iproute2"
@@ -52,87 +52,40 @@ def _ip(*arguments):
 
 
 def inside(name, *arguments):
-    return ["ip", "netns", "exec", name, sys.executable, "-m", *arguments]
+    return ["-m", "tests.support.in_namespace", name, *arguments]
 
 
-@contextlib.contextmanager
-def running(processes):
-    try:
-        yield
-    finally:
-        for process in reversed(processes):
-            process.stop()
-
-
-def test_a_node_that_nobody_can_reach_serves_through_the_bootstrap_peers_relay(tmp_path):
+def test_a_node_that_nobody_can_reach_serves_through_the_bootstrap_peers_relay(tmp_path, fork_server):
     model = str(save_tiny("llama", tmp_path / "tiny"))
+    processes = []
+
+    def start(name, host, *arguments):
+        command = [sys.executable, *inside(host, *arguments)]
+        processes.append(Process(command, tmp_path / f"{name}.log", fork_server=fork_server))
+        return processes[-1]
+
     with Hosts() as hosts:
-        everywhere = ["--listen", "/ip4/0.0.0.0/tcp/0"]
-        bootstrap = Process(
-            inside(hosts.middle, "bootstrap", "--listen", "/ip4/0.0.0.0/tcp/31337", "--identity", str(tmp_path / "id")),
-            tmp_path / "bootstrap.log",
-        )
-        processes = [bootstrap]
-        with running(processes):
-            peer_id = bootstrap.peer_id
-            from_left, from_right = (f"/ip4/10.{net}.{hosts.octet}.1/tcp/31337/p2p/{peer_id}" for net in (77, 78))
-            node = Process(
-                inside(
-                    hosts.left,
-                    "node",
-                    "run",
-                    "--model",
-                    model,
-                    "--blocks",
-                    "0:2",
-                    "--relay",
-                    "--initial-peers",
-                    from_right,
-                    "--initial-peers",
-                    from_left,
-                    "--join-timeout",
-                    "20",
-                    *everywhere,
-                ),
-                tmp_path / "relayed.log",
+        try:
+            everywhere = ["--listen", "/ip4/0.0.0.0/tcp/0"]
+            port = "/ip4/0.0.0.0/tcp/31337"
+            bootstrap = start(
+                "bootstrap", hosts.middle, "bootstrap", "--listen", port, "--identity", str(tmp_path / "id")
             )
-            direct = Process(
-                inside(
-                    hosts.middle,
-                    "node",
-                    "run",
-                    "--model",
-                    model,
-                    "--blocks",
-                    "2:4",
-                    "--initial-peers",
-                    from_left,
-                    *everywhere,
-                ),
-                tmp_path / "direct.log",
+            from_left, from_right = (
+                f"/ip4/10.{net}.{hosts.octet}.1/tcp/31337/p2p/{bootstrap.peer_id}" for net in (77, 78)
             )
-            processes += [node, direct]
+            run = ["node", "run", "--model", model, *everywhere]
+            both = ["--initial-peers", from_right, "--initial-peers", from_left]
+            node = start("relayed", hosts.left, *run, "--blocks", "0:2", "--relay", *both, "--join-timeout", "20")
+            direct = start("direct", hosts.middle, *run, "--blocks", "2:4", "--initial-peers", from_left)
             node.ready(), direct.ready()
-            done = subprocess.run(
-                inside(
-                    hosts.right,
-                    "swarm",
-                    "generate",
-                    "--model",
-                    model,
-                    "--initial-peers",
-                    from_right,
-                    "--max-new-tokens",
-                    "8",
-                    "--json",
-                    "hello",
-                ),
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-                timeout=60,
+            command = ["swarm", "generate", "--model", model, "--initial-peers", from_right]
+            done = run_python(
+                *inside(hosts.right, *command, "--max-new-tokens", "8", "--json", "hello"), fork_server=fork_server
             )
-            assert done.returncode == 0, done.stderr + node.log[-1000:]
-            answer = json.loads(done.stdout)
+            assert done.code == 0, done.err + node.log[-1000:]
+            answer = json.loads(done.out)
             assert len(answer["token_ids"]) == 8 and len(answer["route"]) == 2
             assert node.peer_id[-8:] in answer["route"][0]
+        finally:
+            stop_all(processes)

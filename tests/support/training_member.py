@@ -18,7 +18,6 @@ it is written to TRACE first, and synced. With "from_epoch" earlier events do no
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import dataclasses
 import json
 import os
@@ -36,6 +35,7 @@ from swarm.epoch.ledger import Added, Ledger
 from swarm.epoch.messages import Commit
 from swarm.training import links, membership, saved_states
 from swarm.training.member_config import MembershipConfig
+from tests.support.in_namespace import enter
 
 fault: dict[str, Any] = {}
 counts: Counter[str] = Counter()
@@ -186,9 +186,8 @@ def speak_version(major: int, minor: int) -> None:
 
 
 def main() -> None:
-    if namespace := os.environ.get("NETNS"):  # a network namespace to be in, before anything has a socket
-        with open(f"/run/netns/{namespace}") as file:
-            assert ctypes.CDLL(None).setns(file.fileno(), 0) == 0
+    if namespace := os.environ.get("NETNS"):
+        enter(namespace)
     kind = sys.argv.pop(1)
     if version := os.environ.get("VERSION"):
         speak_version(*map(int, version.split(".")))
