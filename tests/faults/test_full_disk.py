@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -136,16 +137,19 @@ def put_foreign(path: Path, folder: Path) -> None:
     shutil.copyfile(saved.path, path)
 
 
+TORN = (truncate, r"it has \d+ bytes and should have \d+")
+ZEROED = (zero_end, "the vectors do not have the digest that the header names")
+FOREIGN = (put_foreign, r"it is of stage 0 of run [0-9a-f]{64}")
+
+
 @pytest.mark.parametrize(
-    ("damage", "reason", "is_alone"),
-    [
-        (truncate, r"it has \d+ bytes and should have \d+", False),
-        (zero_end, "the vectors do not have the digest that the header names", True),
-        (put_foreign, r"it is of stage 0 of run [0-9a-f]{64}", False),
-    ],
+    ("damages", "is_alone"), [((TORN, FOREIGN), False), ((ZEROED,), True)], ids=["with a replica", "the only replica"]
 )
 def test_a_saved_state_that_is_torn_or_of_another_run_is_named_and_not_used(
-    tmp_path: Path, fork_server: ForkServer, damage: Callable[[Path, Path], None], reason: str, is_alone: bool
+    tmp_path: Path,
+    fork_server: ForkServer,
+    damages: tuple[tuple[Callable[[Path, Path], None], str], ...],
+    is_alone: bool,
 ) -> None:
     with running(tmp_path, fork_server, checkpoint_every=5) as training:
         first = training.start_node(0, cache=tmp_path / "disk")
@@ -156,13 +160,14 @@ def test_a_saved_state_that_is_torn_or_of_another_run_is_named_and_not_used(
         first.send(signal.SIGTERM)
         assert first.wait(20) == 0
         *newer, oldest = states_of(training, tmp_path / "disk").found()
-        assert newer and newer[0].place.epoch == last_epoch(training, first) + 1
-        for number, saved in enumerate(newer):
+        assert len(newer) >= len(damages) and newer[0].place.epoch == last_epoch(training, first) + 1
+        damaged = list(zip(newer, itertools.cycle(damages)))
+        for number, (saved, (damage, _)) in enumerate(damaged):
             damage(saved.path, tmp_path / f"foreign{number}")
         back = training.start_node(0, cache=tmp_path / "disk")
         check_end(training, [back, other], trainer)
 
-        for saved in newer:
+        for saved, (_, reason) in damaged:
             (line,) = (line for line in back.log.splitlines() if saved.path.name in line)
             assert " W " in line and re.search(reason, line), line
         assert f"going on from this disk epoch={oldest.place.epoch}\n" in back.log

@@ -74,11 +74,14 @@ def test_both_halves_of_a_cut_network_go_on_and_follow_the_longer_history_when_i
     tmp_path: Path, fault_root: Path, fork_server: ForkServer
 ) -> None:
     env = {"TMPDIR": str(fault_root)}
-    store = make_run(tmp_path / "run", min_replicas=2, **{"end.epochs": NUM_EPOCHS, "target_batch": 16})
+    store = make_run(
+        tmp_path / "run", min_replicas=2, **{"end.epochs": NUM_EPOCHS, "target_batch": 16, "microbatch": 2}
+    )
     with Cable().laid() as cable:
         listen = [f"/ip4/{address}/tcp/0" for address in cable.addresses]
-        command = ["ip", "netns", "exec", cable.names[0], sys.executable, "-m", "bootstrap", "--listen", listen[0]]
-        bootstrap = Process([*command, "--identity", str(tmp_path / "id")], tmp_path / "bootstrap.log", env)
+        command = [sys.executable, "-m", "tests.support.in_namespace", cable.names[0], "bootstrap"]
+        command += ["--listen", listen[0], "--identity", str(tmp_path / "id")]
+        bootstrap = Process(command, tmp_path / "bootstrap.log", env, fork_server)
         swarm = LocalSwarm(tmp_path, bootstrap, env=env, fork_server=fork_server)
         try:
             training = TrainingSwarm(swarm, store, tmp_path / "run")

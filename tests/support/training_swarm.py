@@ -39,6 +39,8 @@ class TrainingSwarm:
     store: RunStore
     folder: Path
     members: list[Process] = field(default_factory=list)
+    _traces: dict[Path, tuple[list[dict[str, Any]], int]] = field(default_factory=dict)
+    """What was read of each trace, and how many bytes that were: tests look every few milliseconds."""
 
     @property
     def base_prefix(self) -> str:
@@ -93,7 +95,15 @@ class TrainingSwarm:
 
     def trace_of(self, member: Process) -> list[dict[str, Any]]:
         path = member.log_path.with_suffix(".trace")
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines, num_bytes = self._traces.get(path, ([], 0))
+        if path.exists() and path.stat().st_size > num_bytes:
+            with path.open("rb") as file:
+                file.seek(num_bytes)
+                new = file.read()
+            new = new[: new.rfind(b"\n") + 1]
+            lines = [*lines, *map(json.loads, new.splitlines())]
+            self._traces[path] = lines, num_bytes + len(new)
+        return lines
 
     def victim(self) -> Process | None:
         """The member in which the fault fired."""
