@@ -107,16 +107,20 @@ def test_a_stage_whose_only_disk_is_gone_goes_on_from_the_copy_that_another_node
     with running(tmp_path, fork_server, keepers=1, checkpoint_every=6, **{"end.epochs": 3 * NUM_EPOCHS}) as training:
         victim = training.start_node(0, cache=tmp_path / "disk")
         other, trainer = training.start_node(1, cache=tmp_path / "other"), training.start_trainer()
-        wait_until(lambda: "copy kept stage=0" in other.log, 60, "the checkpoint of the lone stage is copied")
+
+        def kept() -> list[int]:
+            return [int(epoch) for epoch in re.findall(r"copy kept stage=0 epoch=(\d+)", other.log)]
+
+        wait_until(lambda: kept() and last_epoch(training, victim) > max(kept()), 60, "the run is past a kept copy")
         victim.send(signal.SIGKILL)
         victim.wait(20)
         shutil.rmtree(tmp_path / "disk")
-        stood_at = last_epoch(training, trainer) + 1
-        kept = [int(epoch) for epoch in re.findall(r"copy kept stage=0 epoch=(\d+)", other.log)]
+        stood_at, copies = last_epoch(training, trainer) + 1, kept()
         newcomer = training.start_node(0, cache=tmp_path / "new disk")
         check_end(training, [newcomer, other], trainer)
-        gone_back = re.search(r"the run goes back from epoch=(\d+) to epoch=(\d+)", trainer.log + other.log)
-        assert gone_back is not None and int(gone_back[2]) in kept and abs(int(gone_back[1]) - stood_at) <= 1
+        logs = trainer.log + other.log + newcomer.log
+        gone_back = re.search(r"the run goes back from epoch=(\d+) to epoch=(\d+)", logs)
+        assert gone_back is not None and int(gone_back[2]) in copies and abs(int(gone_back[1]) - stood_at) <= 1
         last = [training.steps_of(member)[training.store.spec.num_epochs - 1] for member in (newcomer, other, trainer)]
         assert {step["era"] for step in last} == {1}
 
