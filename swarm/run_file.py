@@ -254,8 +254,12 @@ def _read_data(section: _Section, base: Path) -> tuple[DataSpec, Path | None]:
     return DataSpec(kind=kind, source=source, files=tuple(files), **options), folder
 
 
-def data_like(data: DataSpec, path: Path) -> tuple[DataSpec, Path]:
-    """Other data of the same kind and options, without its manifest, and the folder of its files. ValueError if there is none."""
+def data_like(spec: RunSpec, path: Path) -> tuple[DataSpec, Path]:
+    """Other training data of the same kind and options, without its manifest, and the folder of its files.
+
+    ValueError if there is none, or if some of it is held-out data, as far as names of files and their folder tell.
+    """
+    data = spec.data
     if data.kind is DataKind.OWN:
         raise ValueError("in this run every trainer brings its own text: there is no data to amend")
     values = {
@@ -266,6 +270,14 @@ def data_like(data: DataSpec, path: Path) -> tuple[DataSpec, Path]:
     }
     found, folder = _read_data(_Section("data", values), Path())
     assert folder is not None
+    if spec.held_out is not None and spec.held_out.source:
+        held_out = tuple(f"/{spec.held_out.source}/{file}" for file in spec.held_out.files)
+        for one in sorted((folder / file).resolve() for file in found.files):
+            if one.as_posix().endswith(held_out):
+                raise ValueError(
+                    f"{one} has name and folder of the run's held-out data: what is trained on cannot be held out "
+                    "(if it is another file, rename it)"
+                )
     return found, folder
 
 

@@ -25,7 +25,7 @@ from swarm.member_record import MemberRecord
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host
 from swarm.records import ShardState
-from swarm.run_orders import open_orders
+from swarm.run_orders import Orders, open_orders
 from swarm.run_spec import RunSpec
 from swarm.run_store import RunStore
 from swarm.terminal import ProgressBar
@@ -119,12 +119,7 @@ class RunMembers:
         """Whether the run ends at a place, as its owner has it. Raises PeerFailed if nobody tells."""
         donors, size = donors_of(records, 0, place), self.layout.size(0)
         head, _ = await fetch_saved(self._host, self.store.run_id, 0, place, donors, size, num_vectors=0)
-        commit = head.saved.commit
-        try:
-            orders = open_orders(b"" if commit is None else commit.orders, self.store.run_id, self.store.owner)
-        except ValueError as error:
-            raise BadReply(f"the state of epoch {place.epoch} cannot be used: {error}") from error
-        return place.epoch >= orders.num_epochs(self.store.spec, place.epoch)
+        return place.epoch >= _orders_at(self.store, head.saved.commit).num_epochs(self.store.spec, place.epoch)
 
     async def fetch_artifacts(self) -> None:
         """Tokenizer and manifests. Raises PeerFailed: who has them may come."""
@@ -197,6 +192,7 @@ async def export_checkpoint(
         await members.fetch_artifacts()
         found = [await members.fetch(records, stage, place, run_folder) for stage in range(len(sizes))]
         commit = found[0][0]
+        in_force = _orders_at(store, commit)
         if run_folder is not None:
             orders = await members.hear_orders(records, commit)
             await members.fetch_artifacts()  # of data that they have brought
@@ -209,13 +205,23 @@ async def export_checkpoint(
             write_weights = write_hf_checkpoint if store.spec.lora is None else write_peft_checkpoint
             write_weights(
                 store, [values for _, values in found], folder, epoch=place.epoch, lineage=place.lineage, dtype=dtype,
-                loss=loss, eval_loss=eval_loss,
+                orders=in_force, loss=loss, eval_loss=eval_loss,
             )  # fmt: skip
             if run_folder is not None:
                 run_folder.replace(folder / RUN_FOLDER)
 
         await to_its_end(write)
     return Exported(out, place, sum(sizes), loss)
+
+
+def _orders_at(store: RunStore, commit: Commit | None) -> Orders:
+    """In force after a commit. BadReply if the owner did not give them."""
+    try:
+        return open_orders(b"" if commit is None else commit.orders, store.run_id, store.owner)
+    except ValueError as error:
+        raise BadReply(
+            f"the state of epoch {0 if commit is None else commit.epoch + 1} cannot be used: {error}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -118,7 +118,7 @@ class Owner:
         """Other data of the run's kind; its manifest is kept here. UserError if it cannot be used."""
         store = RunStore.open(self._run_id, self._cache_dir)
         try:
-            data, folder = data_like(store.spec.data, path)
+            data, folder = data_like(store.spec, path)
         except ValueError as error:
             raise UserError(str(error)) from error
         manifest = build_manifest(data, folder, store.tokenizer(), store.spec.sequence_length)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from swarm.checkpoint import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from swarm.decoder import LIBRARY_ERRORS, build_model, find_blocks
 from swarm.errors import BadRequest, UserError
+from swarm.run_orders import NO_ORDERS, Orders
 from swarm.run_spec import DataKind, DataSpec, LoraSettings, RunSpec
 from swarm.run_store import RunStore
 from swarm.span import Span
@@ -56,6 +58,7 @@ def write_hf_checkpoint(
     epoch: int,
     lineage: bytes,
     dtype: torch.dtype = torch.float32,
+    orders: Orders = NO_ORDERS,
     loss: float | None = None,
     eval_loss: float | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -63,7 +66,7 @@ def write_hf_checkpoint(
     """Write a folder for AutoModelForCausalLM.from_pretrained, with tokenizer and model card; all of it, or nothing.
 
     values: float32 [size] of each stage and, last, of the ends, in the order of StageParameters. They may be memory-mapped.
-    epoch: the number of optimizer steps that made them. loss, eval_loss: mean cross entropy per token of training and held-out data.
+    epoch: the number of optimizer steps that made them. orders: of the run's owner, in force there. loss, eval_loss: mean cross entropy per token of training and held-out data.
     Raises UserError if `out` holds anything, the disk is full, dtype cannot hold the values, or a tokenizer file is missing;
     BadRequest if values are not those of the run's stages.
     """
@@ -78,7 +81,8 @@ def write_hf_checkpoint(
             for path in folder.glob("*.safetensors"):  # which that library writes for their owner alone
                 shutil.copymode(folder / "config.json", path)
             copy_tokenizer(store, folder)
-            (folder / CARD_FILE).write_text(make_card(store, epoch, lineage, dtype, loss, eval_loss), encoding="utf-8")
+            card = make_card(store, epoch, lineage, dtype, orders, loss, eval_loss)
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
@@ -358,6 +362,7 @@ def make_card(
     epoch: int,
     lineage: bytes,
     dtype: torch.dtype,
+    orders: Orders,
     loss: float | None,
     eval_loss: float | None,
     *,
@@ -367,19 +372,20 @@ def make_card(
 ) -> str:
     """Markdown behind YAML. Of the rules, which a stranger wrote, only a plain hub id (base, of adapters) gets into the YAML."""
     spec = store.spec
-    num_tokens = epoch * spec.target_batch * spec.sequence_length
+    parts = _parts_of(spec, orders, epoch)
+    num_samples = sum(len(epochs) * rules.target_batch for epochs, rules in parts)
     began = f"random, from seed {spec.seed}" if spec.weights == "random" else f"those of {_literal(spec.weights)}"
     facts = {
         "Run": f"`{store.run_id.hex()}`",
-        "Epoch": f"{epoch} of {spec.num_epochs}",
+        "Epoch": f"{epoch} of {orders.planned_end(spec)}",
         "Lineage": f"`{lineage.hex()}`",
-        "Tokens seen": f"{num_tokens:,} at most ({spec.target_batch:,} sequences of {spec.sequence_length:,} tokens per epoch)",
+        "Tokens seen": f"{num_samples * spec.sequence_length:,} at most (sequences of {spec.sequence_length:,} tokens, {_batches(parts)})",
         "Loss": None if loss is None else f"{loss:.4f} per token, on the epoch's samples",
         "Loss on held-out data": None if eval_loss is None else f"{eval_loss:.4f} per token",
         "Adapters": None if spec.lora is None else _adapters(spec.lora),
         "Initial weights" if spec.lora is None else "Adapted weights": began,
         "Stored as": str(dtype).removeprefix("torch."),
-        "Training data": _described(spec.data),
+        "Training data": _all_data(parts),
         "Held-out data": None if spec.held_out is None else _described(spec.held_out),
     }
     lines = [f"- {name}: {fact}" for name, fact in facts.items() if fact is not None]
@@ -408,6 +414,34 @@ def make_card(
             "",
         ]
     )
+
+
+_Parts: TypeAlias = Sequence[tuple[range, RunSpec]]
+"""Epochs, and the rules that held in them."""
+
+
+def _parts_of(spec: RunSpec, orders: Orders, end: int) -> _Parts:
+    """The epochs before `end`, cut where the owner has amended the rules; at least one part."""
+    starts = [0, *(one.epoch for one in orders.amendments if one.epoch < end)]
+    spans = itertools.starmap(range, zip(starts, [*starts[1:], end], strict=True))
+    return [(epochs, orders.spec_at(spec, epochs.start)) for epochs in spans]
+
+
+def _batches(parts: _Parts) -> str:
+    merged = _merged([(epochs, f"{rules.target_batch:,} per epoch") for epochs, rules in parts])
+    return ", ".join(f"{what}{when}" for what, when in merged)
+
+
+def _all_data(parts: _Parts) -> str:
+    return "; ".join(f"{what}{when}" for what, when in _merged([(one, _described(rules.data)) for one, rules in parts]))
+
+
+def _merged(parts: Sequence[tuple[range, str]]) -> list[tuple[str, str]]:
+    """What was so, and when: "" if it was so all the time."""
+    groups = [(what, [epochs for epochs, _ in same]) for what, same in itertools.groupby(parts, key=lambda one: one[1])]
+    if len(groups) == 1:
+        return [(groups[0][0], "")]
+    return [(what, f" in epochs {same[0].start} to {same[-1].stop - 1}") for what, same in groups]
 
 
 def _adapters(lora: LoraSettings) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from swarm.errors import UserError
 from swarm.hub import is_hub_id
 from swarm.run_file import RANDOM_WEIGHTS
+from swarm.run_orders import NO_ORDERS, Orders
 from swarm.run_spec import RunSpec
 from swarm.run_store import RunStore
 from swarm.sources import ALIASES
@@ -43,6 +44,7 @@ def write_peft_checkpoint(
     epoch: int,
     lineage: bytes,
     dtype: torch.dtype = torch.float32,
+    orders: Orders = NO_ORDERS,
     loss: float | None = None,
     eval_loss: float | None = None,
 ) -> None:
@@ -59,7 +61,7 @@ def write_peft_checkpoint(
             shutil.copymode(config, weights)  # which that library writes for its owner alone
             copy_tokenizer(store, folder)
             card = make_card(
-                store, epoch, lineage, dtype, loss, eval_loss,
+                store, epoch, lineage, dtype, orders, loss, eval_loss,
                 library="peft", use=_USE.format(base=base_of(store.spec) or "..."), base=_hub_id(store.spec),
             )  # fmt: skip
             (folder / CARD_FILE).write_text(card, encoding="utf-8")

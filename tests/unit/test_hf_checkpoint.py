@@ -27,6 +27,7 @@ from node.training.stage import TrainableStage
 from swarm.client.training_ends import TrainableEnds
 from swarm.errors import BadRequest, UserError
 from swarm.identity import Identity
+from swarm.run_orders import NO_ORDERS, Amendment
 from swarm.run_spec import DataKind, Precision, certified_run_id, sign_spec
 from swarm.run_store import RunStore, artifact_digest
 from swarm.span import Span
@@ -283,6 +284,35 @@ def test_config_generation_config_tokenizer_and_card_are_in_the_folder(tmp_path:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     files = [*out.iterdir()]
     assert all(path.stat().st_mode & 0o777 == files[0].stat().st_mode & 0o777 for path in files)
+
+
+def test_the_card_tells_of_amendments(tmp_path: Path) -> None:
+    store = make_store(tmp_path, "llama")
+    other = make_data(source="corpora/other", manifest_digest=b"o" * 16, files=("new.jsonl",))
+    orders = NO_ORDERS
+    for amendment in (
+        Amendment(epoch=2, lr=0.1),
+        Amendment(epoch=3, target_batch=16),
+        Amendment(epoch=4, data=other),
+        Amendment(epoch=6, num_epochs=20, target_batch=64),
+    ):
+        orders = orders.amended(amendment)
+    values = random_values(store)
+    for epoch, facts in {
+        3: (
+            "Epoch: 3 of 20",
+            f"{3 * 32 * 64:,} at most (sequences of 64 tokens, 32 per epoch)",
+            "b/c.jsonl (jsonl, 100 samples",
+        ),
+        6: (
+            f"{(3 * 32 + 3 * 16) * 64:,} at most (sequences of 64 tokens, 32 per epoch in epochs 0 to 2, 16 per epoch in epochs 3 to 5)",
+            " in epochs 0 to 3; corpora/other: new.jsonl",
+        ),
+    }.items():
+        write_hf_checkpoint(store, values, tmp_path / str(epoch), epoch=epoch, lineage=LINEAGE, orders=orders)
+        for fact in facts:
+            assert fact in card_of(tmp_path / str(epoch))[1]
+        assert ("corpora/other" in card_of(tmp_path / str(epoch))[1]) is (epoch > 4)
 
 
 def card_of(folder: Path) -> tuple[dict[str, Any], str]:

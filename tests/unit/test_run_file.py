@@ -13,7 +13,7 @@ import pytest
 
 from swarm.errors import UserError
 from swarm.identity import Identity
-from swarm.run_file import KEYS, read_run_file, split_evenly
+from swarm.run_file import KEYS, data_like, read_run_file, split_evenly
 from swarm.run_spec import (
     DataKind,
     DataSpec,
@@ -218,6 +218,20 @@ def test_adapters_have_defaults_and_all_linears_are_filled_in_later(folder: Path
 def test_data_of_every_trainers_own_needs_no_path(folder: Path) -> None:
     described = read(folder, without("data.") + '\ndata.kind = "own"')
     assert described.spec.data == DataSpec(kind=DataKind.OWN) and described.data_folder is None
+
+
+def test_held_out_data_is_not_amended_into_the_training_data(folder: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (folder / "apart").mkdir(exist_ok=True)
+        (folder / "apart" / name).write_text('{"text": "x"}')
+    held_out = make_data(source=f"{folder.name}/apart", files=("b.jsonl", "gone.jsonl"))
+    spec = make_spec(held_out=held_out)
+    (folder / "link.jsonl").symlink_to(folder / "apart" / "b.jsonl")
+    for path in (folder / "apart", folder / "apart" / "b.jsonl", folder / "link.jsonl"):
+        with pytest.raises(ValueError, match=r"apart/b.jsonl has name and folder of the run's held-out data"):
+            data_like(spec, path)
+    data, found = data_like(spec, folder / "apart" / "a.jsonl")
+    assert data.files == ("a.jsonl",) and found.samefile(folder / "apart")
 
 
 def test_a_config_folder_is_the_tokenizers_place_unless_told_otherwise(folder: Path) -> None:
