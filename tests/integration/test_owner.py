@@ -114,12 +114,13 @@ def test_a_run_follows_its_owner(training: TrainingSwarm, command: Command) -> N
     wait_until(lambda: int(ahead) + 1 in training.steps_of(nodes[2]), 60, "the newcomer steps, with the other data")
     # Once more to the same checkpoint, and while it trains.
     assert said(command("rollback", str(goal))) == f"the run went back to epoch {goal}"
-    end = int(re.match(r"the run ends after (\d+) epochs", said(command("end")))[1])  # type: ignore[index]
-    assert trainer.wait(60) == 0
 
     def last_steps() -> list[dict[str, Any]]:
         return [[line for line in training.trace_of(member) if "epoch" in line][-1] for member in members]
 
+    wait_until(lambda: (last_steps()[-1]["era"], last_steps()[-1]["epoch"] > int(ahead)) == (2, True), 60, "it goes on")
+    end = int(re.match(r"the run ends after (\d+) epochs", said(command("end")))[1])  # type: ignore[index]
+    assert trainer.wait(60) == 0
     wait_until(lambda: {line["epoch"] for line in last_steps()} == {end - 1}, 60, "all hear of the end")
     assert len({line["lineage"] for line in last_steps()}) == 1
     wait_until(lambda: "the run is over" in said(command("status")), 60, "the records tell of the end")
