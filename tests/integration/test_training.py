@@ -61,7 +61,7 @@ def check_equal(training: TrainingSwarm, nodes: list[Process], trainers: list[Pr
 
 def test_a_swarm_trains_as_one_process_does(tmp_path: Path, fork_server: ForkServer) -> None:
     """fp32, tied embeddings, clipping active, unequal loss masks (padded samples), four microbatches of a trainer under way."""
-    rules = {"end.epochs": 20, "microbatch": 1, "optimizer.lr": 5e-3, "optimizer.clip_norm": 0.5}
+    rules = {"end.epochs": 30, "microbatch": 1, "optimizer.lr": 5e-3, "optimizer.clip_norm": 0.5}
     config = {"tie_word_embeddings": True}
     expected = check_equal(*train(tmp_path, fork_server, config=config, **rules), tolerance=1e-5)
     assert expected.losses[-1] < 0.8 * expected.losses[0]
