@@ -1,4 +1,4 @@
-"""A newcomer's download: how fast a run goes on meanwhile, against before, and how many epochs it lasts.
+"""A newcomer's download: how fast a run goes on meanwhile, against before and after, and how many epochs it lasts.
 
 python benchmarks/joiner.py --json
 2 stages, 2 nodes for the first and 1 for the second, 1 trainer; then, again and again, another node of the first stage with an empty disk,
@@ -62,7 +62,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     rules = {"end.epochs": 100_000, "optimizer.schedule": "constant", "microbatch": 4, "checkpoint_every": 1000}
     store = make_run(folder / "run", config=size, **rules)
     fork_server = ForkServer()
-    before, during, num_epochs, seconds = [], [], [], []
+    before, during, after, num_epochs, seconds = [], [], [], [], []
     num_bytes = 0
     with local_swarm(folder / "swarm", fork_server=fork_server) as swarm:
         publish_run(store, swarm.initial_peers, 15)
@@ -88,6 +88,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
             num_epochs.append(int(installed[1]) - int(installed[2]))
             seconds.append(end - begin)
             num_bytes = 12 * int(joiner.ready()["num_parameters"])
+            num_steps = len(steps)
+            wait_for_steps(trainer, num_steps + options.epochs)
+            steps = times_of(trainer, "step ")
+            after += lengths(steps, steps[num_steps], steps[-1])
             joiner.stop()
     fork_server.close()
     return {
@@ -96,7 +100,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         "epochs_during_download": statistics.median(num_epochs),
         "epoch_alone_s": spread(before),
         "epoch_during_download_s": spread(during),
+        "epoch_with_it_s": spread(after),
         "ratio_of_speed_to_alone": round(statistics.median(before) / statistics.median(during), 3),
+        "ratio_of_speed_to_with_it": round(statistics.median(after) / statistics.median(during), 3),
     }
 
 
