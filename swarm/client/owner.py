@@ -144,8 +144,8 @@ class Owner:
             while True:
                 look = await run.look()
                 for standing in look.standings.values():
-                    if standing.evaluation is not None and standing.evaluation[0] == named:
-                        return f"epoch {named}: held-out loss {standing.evaluation[1]:.4f}"
+                    if standing.evaluation is not None and standing.evaluation[0] >= named:
+                        return "epoch {}: held-out loss {:.4f}".format(*standing.evaluation)
                 if look.place.epoch > named + 2:
                     raise UserError(f"epoch {named} is over without a finite held-out loss: the run may have diverged")
                 await run.pause(

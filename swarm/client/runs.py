@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
+_JOIN_TIMEOUT_S = 15.0
+
 
 def publish_run(store: RunStore, initial_peers: Sequence[str], timeout_s: float) -> None:
     """Put the rules of a run into the DHT, for five minutes. Raises JoinFailed, or another UserError, in time."""
@@ -54,7 +56,9 @@ def in_swarm(
     initial_peers: Sequence[str], timeout_s: float, ask: Callable[[Host, Directory], Awaitable[Answer]]
 ) -> Answer:
     """What `ask` finds in the swarm, joined as a client. Raises JoinFailed, RouteBroken if it takes too long, or as `ask`."""
-    config = ClientConfig(model="any", initial_peers=tuple(initial_peers), join_timeout_s=timeout_s)
+    config = ClientConfig(
+        model="any", initial_peers=tuple(initial_peers), join_timeout_s=min(_JOIN_TIMEOUT_S, timeout_s)
+    )
 
     async def run() -> Answer:
         async with open_directory(config) as (host, directory):
