@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 
@@ -28,6 +29,9 @@ class RunCourse:
     def __init__(self, store: RunStore) -> None:
         self._store = store
         self.spec, self.run_id = store.spec, store.run_id
+        # Asked for each microbatch: RunSpec checks itself whenever it is made.
+        self._opened = functools.lru_cache(maxsize=16)(self._open)
+        self._spec_at = functools.lru_cache(maxsize=16)(self._make_spec)
         self.newest_raw = b""
         """Signed."""
         self.newest = NO_ORDERS
@@ -69,23 +73,23 @@ class RunCourse:
 
     def spec_after(self, commit: Commit | None) -> RunSpec:
         """The rules of the epoch after a commit."""
-        return self.orders_of(commit).spec_at(self.spec, 0 if commit is None else commit.epoch + 1)
+        return self._spec_at(b"", 0) if commit is None else self._spec_at(commit.orders, commit.epoch + 1)
 
     def samples_of(self, epoch: int, unit: int, commit: Commit | None) -> UnitSamples:
         """The samples of a microbatch: of the epoch's, of the next one's, or of the held-out data from 0 on.
 
         commit: the one before the epoch.
         """
-        orders = self.orders_of(commit)
+        raw = b"" if commit is None else commit.orders
         if unit >= EARLY:
             epoch, unit = epoch + 1, unit - EARLY
-        spec = orders.spec_at(self.spec, epoch)
+        spec = self._spec_at(raw, epoch)
         num_units = num_units_of(spec)
         if unit >= num_units:
             first = (unit - num_units) * spec.microbatch
             assert spec.held_out is not None
             return UnitSamples(spec.held_out, range(first, min(first + spec.microbatch, spec.num_eval_samples)))
-        begin = orders.first_sample(self.spec, epoch)
+        begin = self._opened(raw).first_sample(self.spec, epoch)
         first = begin + unit * spec.microbatch
         return UnitSamples(spec.data, range(first, min(first + spec.microbatch, begin + spec.target_batch)))
 
@@ -96,7 +100,18 @@ class RunCourse:
         return self.newest.is_paused
 
     def rules_at(self, place: Place, orders: bytes) -> Rules:
-        return rules_of(self.spec, self._opened(orders), place.epoch)
+        now, later = self._spec_at(orders, place.epoch), self._spec_at(orders, place.epoch + 1)
+        return Rules(
+            num_stages=now.num_stages,
+            num_units=num_units_of(now),
+            num_eval_units=-(-now.num_eval_samples // now.microbatch),
+            eval_every=now.eval_every,
+            min_replicas=now.min_replicas,
+            num_epochs=now.num_epochs,
+            delay=now.delay,
+            num_next_units=num_units_of(later),
+            eval_epochs=frozenset(self._opened(orders).eval_epochs),
+        )
 
     def next_orders(self, place: Place, orders: bytes) -> bytes:
         return self.newest_raw if self.newest.may_follow(self._opened(orders), place.epoch) else orders
@@ -104,7 +119,10 @@ class RunCourse:
     def allows(self, place: Place, orders: bytes, following: bytes) -> bool:
         return following == orders or self._opened(following).may_follow(self._opened(orders), place.epoch)
 
-    def _opened(self, raw: bytes) -> Orders:
+    def _make_spec(self, raw: bytes, epoch: int) -> RunSpec:
+        return self._opened(raw).spec_at(self.spec, epoch)
+
+    def _open(self, raw: bytes) -> Orders:
         """ValueError, naming the reason."""
         orders = open_orders(raw, self.run_id, self._store.owner)
         for amendment in orders.amendments:
@@ -115,19 +133,3 @@ class RunCourse:
 def num_units_of(spec: RunSpec) -> int:
     """Microbatches of an epoch."""
     return -(-spec.target_batch // spec.microbatch)
-
-
-def rules_of(spec: RunSpec, orders: Orders, epoch: int) -> Rules:
-    """What the state machine needs to know in an epoch."""
-    now, later = orders.spec_at(spec, epoch), orders.spec_at(spec, epoch + 1)
-    return Rules(
-        num_stages=spec.num_stages,
-        num_units=num_units_of(now),
-        num_eval_units=-(-spec.num_eval_samples // spec.microbatch),
-        eval_every=spec.eval_every,
-        min_replicas=spec.min_replicas,
-        num_epochs=now.num_epochs,
-        delay=spec.delay,
-        num_next_units=num_units_of(later),
-        eval_epochs=frozenset(orders.eval_epochs),
-    )

@@ -226,7 +226,7 @@ class Membership:
     @property
     def spec_here(self) -> RunSpec:
         """The rules of this epoch, as the owner has amended them."""
-        return self.course.orders_of(self.member.last_commit).spec_at(self.spec, self.place.epoch)
+        return self.course.spec_after(self.member.last_commit)
 
     def samples_of(self, unit: int) -> UnitSamples:
         """The samples of a microbatch of this epoch."""
