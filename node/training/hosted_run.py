@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from node.config import NodeConfig
@@ -19,7 +19,7 @@ from node.training.device_work import DeviceWork
 from node.training.frozen_blocks import FrozenBlocks
 from node.training.keeper import Keeper
 from node.training.live import LiveModels
-from node.training.placement import choose_stage, must_yield
+from node.training.placement import choose_stage, must_yield, withdrawn
 from node.training.service import StageService
 from node.training.stage import TrainableStage
 from swarm.ending import cancelled
@@ -180,6 +180,5 @@ async def _choose_stage(parts: NodeParts, store: RunStore) -> int:
         if len(here) == 1 or not must_yield(claim, await directory.find_members(store.run_id, [stage])):
             break
         log.info("stage taken by another joiner stage=%d", stage)
-        later = claim.expires_at + 0.1  # the DHT keeps the record that expires last
-        await directory.publish_member(replace(claim, state=ShardState.LEAVING, expires_at=later))
+        await directory.publish_member(withdrawn(claim))
     return stage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 from swarm.member_record import MemberRecord
 from swarm.records import ShardState
@@ -34,6 +35,11 @@ def must_yield(claim: MemberRecord, others: Iterable[MemberRecord]) -> bool:
     """
     rivals = (other for other in others if other.state == ShardState.JOINING and not other.lineage)
     return any(other.stage == claim.stage and other.peer_id < claim.peer_id for other in rivals)
+
+
+def withdrawn(claim: MemberRecord) -> MemberRecord:
+    """What takes a claim back: the DHT keeps the record that expires last. A run's start has its id for a lineage."""
+    return replace(claim, state=ShardState.LEAVING, lineage=claim.run_id, expires_at=claim.expires_at + 0.1)
 
 
 def is_keeper_needed(

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from node.training.placement import choose_stage, is_keeper_needed, must_yield
+from node.training.placement import choose_stage, is_keeper_needed, must_yield, withdrawn
 from swarm.member_record import MemberRecord
 from swarm.records import ShardState
 from tests.support.runs import make_member
@@ -94,6 +94,8 @@ def is_first(name: str, members: list[MemberRecord]) -> int:
 def test_of_two_who_chose_the_same_stage_at_the_same_time_the_larger_id_yields() -> None:
     claims = {name: make_member(name, stage=1, state=ShardState.JOINING, lineage=b"", epoch=0) for name in "ab"}
     assert must_yield(claims["b"], claims.values()) and not must_yield(claims["a"], claims.values())
+    taken_back = withdrawn(claims["a"])
+    assert taken_back.expires_at > claims["a"].expires_at and not must_yield(claims["b"], [taken_back])
     elsewhere = make_member("a", stage=0, state=ShardState.JOINING, lineage=b"", epoch=0)
     downloads = make_member("a", stage=1, state=ShardState.JOINING)
     gone = make_member("a", stage=1, state=ShardState.LEAVING)
