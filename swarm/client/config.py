@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swarm.errors import UserError
-from swarm.tensors import WireFormat
+from swarm.wire_format import WireFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,127 @@
+"""Light start: what our own programs leave out of torch and transformers: a compiler, distributed tensors, the names of all families.
+
+For command lines, before they import anything heavy, and never for the library: the process of somebody who imports swarm is theirs.
+Nothing that our programs do is any different for it:
+
+- packages run their own code late (swarm/light_packages.py): torch's compiler; and two of transformers, which read all of its 2,000
+  files for names that we import from where they are;
+- functions are marked for the compiler when that is really imported; nothing can be compiled before;
+- of scipy, transformers gets the one function that it imports for models that find objects, which imports scipy when it is called;
+- transformers is told that there is no torch.distributed. It asks once, remembers, and goes without, as on machines that have none: our
+  models are on one device each.
+
+tests/contract/test_light_start.py holds what this relies on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from swarm.light_packages import lighten, run_in_full
+
+_COMPILER = "torch._dynamo"
+_TRANSFORMERS = {
+    "AutoConfig": "transformers.models.auto.configuration_auto",
+    "AutoModelForCausalLM": "transformers.models.auto.modeling_auto",
+    "AutoModelForSequenceClassification": "transformers.models.auto.modeling_auto",
+    "AutoTokenizer": "transformers.models.auto.tokenization_auto",
+    "Cache": "transformers.cache_utils",
+    "DynamicCache": "transformers.cache_utils",
+    "GenerationConfig": "transformers.generation.configuration_utils",
+    "GenerationMixin": "transformers.generation.utils",
+    "PreTrainedConfig": "transformers.configuration_utils",
+    "PreTrainedModel": "transformers.modeling_utils",
+    "PreTrainedTokenizerFast": "transformers.tokenization_utils_tokenizers",
+    "PretrainedConfig": "transformers.configuration_utils",
+    "TextStreamer": "transformers.generation.streamers",
+}
+_marks: list[tuple[str, Callable[..., Any]]] = []
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import what is large in this context: without looking for garbage, of which there is none yet, which takes a quarter of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # what was imported stays
+        if collects:
+            gc.enable()
+
+
+def leave_out() -> None:
+    """Leave all that out of this process. To be called before torch and transformers are imported; imports neither."""
+    lighten("scipy.optimize", {"linear_sum_assignment": lambda: _linear_sum_assignment})
+    decorators = {name: functools.partial(_marker, name) for name in ("allow_in_graph", "assume_constant_result")}
+    lighten(_COMPILER, {**decorators, "disable": lambda: _disable}, afterwards=_mark_now)
+    lighten(
+        "transformers",
+        {
+            **_TRANSFORMERS,
+            "__version__": _transformers_version,
+            "initialization": lambda: importlib.import_module("transformers.initialization"),
+        },
+    )
+    lighten("transformers.models")
+    lighten("transformers.distributed", beforehand=_hide_distributed_tensors)
+
+
+def _transformers_version() -> str:
+    from importlib.metadata import version  # 20 ms, which --help has no use for
+
+    return version("transformers")
+
+
+def _hide_distributed_tensors() -> None:
+    import torch
+    from transformers.utils import import_utils
+
+    is_available = torch.distributed.is_available
+    torch.distributed.is_available = lambda: False
+    try:
+        import_utils.is_torch_distributed_available()  # which keeps its answer
+    finally:
+        torch.distributed.is_available = is_available
+
+
+def _linear_sum_assignment(*args: Any, **options: Any) -> Any:
+    return run_in_full("scipy.optimize").linear_sum_assignment(*args, **options)
+
+
+def _marker(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """In the place of a decorator of the compiler's that only takes note of functions."""
+
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        _marks.append((name, function))
+        return function
+
+    return mark
+
+
+def _mark_now() -> None:
+    for name, function in _marks:
+        getattr(sys.modules[_COMPILER], name)(function)
+
+
+def _disable(function: Any = None, recursive: bool = True, **options: Any) -> Any:
+    """In the place of the compiler's `disable`: as torch does for its own functions, the compiler is imported when one is called."""
+    if function is None:
+        return functools.partial(_disable, recursive=recursive, **options)
+    if not inspect.isroutine(function):
+        return run_in_full(_COMPILER).disable(function, recursive, **options)
+    disabled = functools.cache(lambda: run_in_full(_COMPILER).disable(function, recursive, **options))
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return disabled()(*args, **kwargs)
+
+    return call
