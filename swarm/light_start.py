@@ -3,9 +3,9 @@
 For command lines, before they import anything heavy, and never for the library: the process of somebody who imports swarm is theirs.
 Nothing that our programs do is any different for it:
 
-- packages run their own code late (swarm/light_packages.py): torch's compiler; and two of transformers, which read all of its 2,000
-  files for names that we import from where they are;
-- functions are marked for the compiler when that is really imported; nothing can be compiled before;
+- modules run their code late (swarm/light_modules.py): torch's compiler; two packages of transformers, which read all of its 2,000
+  files for names that we import from where they are; its handling of images and sound, of which models take the name of a type;
+- functions are marked for the compiler, and kept from it, when that is really imported; nothing can be compiled before;
 - of scipy, transformers gets the one function that it imports for models that find objects, which imports scipy when it is called;
 - transformers is told that there is no torch.distributed. It asks once, remembers, and goes without, as on machines that have none: our
   models are on one device each.
@@ -24,7 +24,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from swarm.light_packages import lighten, run_in_full
+from swarm.light_modules import has_run, lighten, run_in_full
 
 _COMPILER = "torch._dynamo"
 _TRANSFORMERS = {
@@ -60,9 +60,14 @@ def quick_imports() -> Iterator[None]:
 
 def leave_out() -> None:
     """Leave all that out of this process. To be called before torch and transformers are imported; imports neither."""
-    lighten("scipy.optimize", {"linear_sum_assignment": lambda: _linear_sum_assignment})
+    lighten("scipy.optimize", {"linear_sum_assignment": lambda: _linear_sum_assignment}, alone=())
     decorators = {name: functools.partial(_marker, name) for name in ("allow_in_graph", "assume_constant_result")}
-    lighten(_COMPILER, {**decorators, "disable": lambda: _disable}, afterwards=_mark_now)
+    lighten(
+        _COMPILER,
+        {**decorators, "disable": lambda: _disable},
+        alone={"_trace_wrapped_higher_order_op"},
+        afterwards=_mark_now,
+    )
     lighten(
         "transformers",
         {
@@ -72,6 +77,7 @@ def leave_out() -> None:
         },
     )
     lighten("transformers.models")
+    lighten("transformers.processing_utils", {"Unpack": "typing"})
     lighten("transformers.distributed", beforehand=_hide_distributed_tensors)
 
 
@@ -113,15 +119,15 @@ def _mark_now() -> None:
 
 
 def _disable(function: Any = None, recursive: bool = True, **options: Any) -> Any:
-    """In the place of the compiler's `disable`: as torch does for its own functions, the compiler is imported when one is called."""
+    """In the place of the compiler's `disable`, which keeps it from compiling a function: while there is no compiler, nothing does."""
     if function is None:
         return functools.partial(_disable, recursive=recursive, **options)
     if not inspect.isroutine(function):
         return run_in_full(_COMPILER).disable(function, recursive, **options)
-    disabled = functools.cache(lambda: run_in_full(_COMPILER).disable(function, recursive, **options))
+    disabled = functools.cache(lambda: sys.modules[_COMPILER].disable(function, recursive, **options))
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return disabled()(*args, **kwargs)
+        return disabled()(*args, **kwargs) if has_run(_COMPILER) else function(*args, **kwargs)
 
     return call

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from hivemind.averaging.load_balancing import load_balance_peers
 
-from swarm.light_packages import run_in_full
+from swarm.light_modules import run_in_full
 
 run_in_full("scipy.optimize")  # now, and not in the middle of an epoch, on the event loop
 
