@@ -6,7 +6,7 @@ Nothing that our programs do is any different for it:
 - modules run their code late (swarm/light_modules.py): torch's compiler; two packages of transformers, which read all of its 2,000
   files for names that we import from where they are; its handling of images and sound, of which models take the name of a type;
 - functions are marked for the compiler, and kept from it, when that is really imported; nothing can be compiled before;
-- of scipy, transformers gets the one function that it imports for models that find objects, which imports scipy when it is called;
+- functions that are seldom called are imported when they are: of scipy the one that transformers imports for models that find objects;
 - transformers is told that there is no torch.distributed. It asks once, remembers, and goes without, as on machines that have none: our
   models are on one device each.
 
@@ -60,7 +60,11 @@ def quick_imports() -> Iterator[None]:
 
 def leave_out() -> None:
     """Leave all that out of this process. To be called before torch and transformers are imported; imports neither."""
-    lighten("scipy.optimize", {"linear_sum_assignment": lambda: _linear_sum_assignment}, alone=())
+    lighten(
+        "scipy.optimize",
+        {"linear_sum_assignment": lambda: _when_called("scipy.optimize", "linear_sum_assignment")},
+        alone=(),
+    )
     decorators = {name: functools.partial(_marker, name) for name in ("allow_in_graph", "assume_constant_result")}
     lighten(
         _COMPILER,
@@ -74,6 +78,7 @@ def leave_out() -> None:
             **_TRANSFORMERS,
             "__version__": _transformers_version,
             "initialization": lambda: importlib.import_module("transformers.initialization"),
+            "set_seed": lambda: _when_called("transformers.trainer_utils", "set_seed"),
         },
     )
     lighten("transformers.models")
@@ -99,8 +104,13 @@ def _hide_distributed_tensors() -> None:
         torch.distributed.is_available = is_available
 
 
-def _linear_sum_assignment(*args: Any, **options: Any) -> Any:
-    return run_in_full("scipy.optimize").linear_sum_assignment(*args, **options)
+def _when_called(module: str, name: str) -> Callable[..., Any]:
+    """In the place of a function: imports it when it is called."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        return getattr(run_in_full(module), name)(*args, **options)
+
+    return call
 
 
 def _marker(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
