@@ -76,7 +76,24 @@ class _Finder(MetaPathFinder):
             # What is no file may be known to the package's code.
             if (alone is not None and child not in alone) or PathFinder.find_spec(name, path) is None:
                 parent.__postponed__.run(parent)
+                if name in sys.modules:  # by now; the import system would load it again, by the module's own spec
+                    present = sys.modules[name]
+                    present.__spec__ = ModuleSpec(name, _Present(present))
+                    return present.__spec__
         return None
+
+
+class _Present(Loader):
+    """Hands out a module that was imported while it was looked for."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module, self._spec = module, module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self._module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec
 
 
 class _LightLoader(Loader):

@@ -68,7 +68,7 @@ def leave_out() -> None:
     decorators = {name: functools.partial(_marker, name) for name in ("allow_in_graph", "assume_constant_result")}
     lighten(
         _COMPILER,
-        {**decorators, "disable": lambda: _disable},
+        {**decorators, "disable": lambda: _disable, "graph_break": lambda: _break_no_graph},
         alone={"_trace_wrapped_higher_order_op"},
         afterwards=_mark_now,
     )
@@ -126,6 +126,10 @@ def _marker(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def _mark_now() -> None:
     for name, function in _marks:
         getattr(sys.modules[_COMPILER], name)(function)
+
+
+def _break_no_graph(*_: Any, **__: Any) -> None:
+    """In the place of the compiler's `graph_break`, which optimizers call in each step: it does nothing but when it is compiled."""
 
 
 def _disable(function: Any = None, recursive: bool = True, **options: Any) -> Any:
