@@ -60,7 +60,7 @@ class SpanModel:
 
         model = build_model(config, renamed, dtype=dtype, cut=cut, name=checkpoint.name)
         self._base = model.base_model.requires_grad_(False).to(self.device)
-        self._takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
+        self.takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
         self.autocast_dtype: torch.dtype | None = None
         """What autocast computes in, over float32 weights that are trained. None: no autocast."""
         self._enters_late = False  # whether the base model changes hidden states on their way to the first block
@@ -110,20 +110,15 @@ class SpanModel:
         """
         self._check(hidden_BTH, mask)
         batch, num_new = hidden_BTH.shape[:2]
-        view = self._view_of(cache.hop)
+        view = self.view_of(cache.hop)
         with torch.inference_mode(), self._autocast():
             attention_mask, positions = cache.extend_mask(mask, batch, num_new)
-            hidden_BTH = hidden_BTH.to(self.device)
-            if view.entry is not None:
-                view.entry.given = hidden_BTH
-            options: dict[str, Any] = {"position_ids": positions.to(self.device)} if self._takes_positions else {}
-            output: Tensor = view.base(
-                inputs_embeds=hidden_BTH,
-                attention_mask=None if attention_mask is None else attention_mask.to(self.device),
-                past_key_values=cache.layers,
-                use_cache=True,
-                **options,
-            )[0]
+            output = view(
+                hidden_BTH.to(self.device),
+                mask=None if attention_mask is None else attention_mask.to(self.device),
+                positions=positions.to(self.device) if self.takes_positions else None,
+                cache=cache.layers,
+            )
         cache.num_tokens += num_new
         return output.to("cpu")
 
@@ -142,22 +137,16 @@ class SpanModel:
         dropout, which follows from the seed and the block's index alone, however the blocks are spread over hops.
         """
         self._check(hidden_BTH, mask)
-        view = self._view_of(hop)
-        options: dict[str, Any] = {}
-        if positions is not None:
-            if not self._takes_positions:
-                raise BadRequest("this model takes no position ids: it counts by the mask")
-            options["position_ids"] = positions.to(self.device)
-        hidden_BTH = hidden_BTH.to(self.device)
-        if view.entry is not None:
-            view.entry.given = hidden_BTH
+        view = self.view_of(hop)
+        if positions is not None and not self.takes_positions:
+            raise BadRequest("this model takes no position ids: it counts by the mask")
         with self._autocast(), contextlib.nullcontext() if dropout_seed is None else view.dropout(dropout_seed):
-            output: Tensor = view.base(
-                inputs_embeds=hidden_BTH,
-                attention_mask=None if mask is None else mask.long().to(self.device),
-                use_cache=False,
-                **options,
-            )[0]
+            output = view(
+                hidden_BTH.to(self.device),
+                mask=None if mask is None else mask.long().to(self.device),
+                positions=None if positions is None else positions.to(self.device),
+                cache=None,
+            )
         return output.to("cpu")
 
     def differentiable(
@@ -204,7 +193,8 @@ class SpanModel:
         self.forward(torch.zeros(1, 8, self.hidden_size, dtype=self.dtype), cache)
         return -(-cache.num_bytes // (8 * len(self.span)))
 
-    def _view_of(self, hop: Span) -> HopView:
+    def view_of(self, hop: Span) -> HopView:
+        """The model of only a hop's blocks."""
         if hop not in self._views:
             self._views[hop] = HopView(self._base, self.span, hop, self._enters_late)
         return self._views[hop]
