@@ -121,6 +121,10 @@ class SessionTable:
     def is_open(self, session: Session) -> bool:
         return self.sessions.get((session.peer_id, session.session_id)) is session
 
+    def expected_returns(self) -> list[float]:
+        """When those sessions are due that have nothing under way and whose pace is known."""
+        return [at for session in self.sessions.values() if (at := session.expected_at()) is not None]
+
     def make_room(self, session: Session, num_pages: int) -> None:
         """See that so many pages are free for a session, if need be by ending younger ones that are idle. Raises Refused.
 
