@@ -20,9 +20,10 @@ from node.announcer import Announcer
 from node.backend.step_engine import StepEngine
 from node.config import NodeConfig
 from node.executor import Executor
+from node.numeric_class import NUMERIC_CLASSES
 from node.placement import block_rates, blocks_that_fit, choose_span, must_yield
 from node.serving import load_engine, serve_shard
-from node.shard import DTYPES, Shard, load_shard
+from node.shard import Shard, load_shard
 from node.throughput import Throughput, measure_throughput
 from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.ending import cancelled
@@ -143,10 +144,8 @@ class Node:
         length = self.config.num_blocks
         if length is None:
             budget = self.config.max_memory_bytes or int(0.6 * psutil.virtual_memory().available)
-            sizes = [
-                checkpoint.block_bytes(Span(b, b + 1), DTYPES[self.config.precision].itemsize)
-                for b in range(num_blocks)
-            ]
+            width = NUMERIC_CLASSES[self.config.precision].bytes_per_parameter
+            sizes = [checkpoint.block_bytes(Span(b, b + 1), width) for b in range(num_blocks)]
             length = blocks_that_fit(sizes, budget - self.config.cache_bytes)
             if length == 0:
                 raise UserError(
