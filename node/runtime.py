@@ -20,7 +20,6 @@ from node.announcer import Announcer
 from node.backend.step_engine import StepEngine
 from node.config import NodeConfig
 from node.executor import Executor
-from node.numeric_class import NUMERIC_CLASSES
 from node.placement import block_rates, blocks_that_fit, choose_span, must_yield
 from node.serving import load_engine, serve_shard
 from node.shard import Shard, load_shard
@@ -29,6 +28,7 @@ from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.ending import cancelled
 from swarm.errors import SwarmError, UserError
 from swarm.messages import NODE_PROTOCOL, PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
+from swarm.numeric_class import NUMERIC_CLASSES
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host, HostConfig, running_host
 from swarm.records import ShardRecord, ShardState

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from node.backend.linears import FrozenLinear
-from node.backend.quantize import Int4Codes, Int8Codes, quantize
 from node.backend.span_model import SpanModel
 from swarm.checkpoint import Checkpoint, open_checkpoint
+from swarm.linears.frozen import FrozenLinear
+from swarm.linears.quantize import Int4Codes, Int8Codes, quantize
 from swarm.span import Span
 from tests.support.models import NUM_BLOCKS, TINY, save_tiny
 
