@@ -28,3 +28,13 @@ NUMERIC_CLASSES = {
         NumericClass("int4", "bfloat16", 0.625),
     )
 }
+
+HEAD_CLASSES = ("fp32", "bf16", "int8")
+
+
+def head_class_for(numeric_classes: set[str]) -> str:
+    """What the head computes in beside nodes of these classes: as rough as the finest of them, but never rougher than int8."""
+    for name in ("fp32", "bf16"):
+        if name in numeric_classes:
+            return name
+    return "int8" if numeric_classes else "fp32"
