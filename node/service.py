@@ -245,6 +245,8 @@ class NodeService:
         session.kept_reply = reply
         session.answered = (request.session_version, request.position)
         session.last_used = session.replied_at = time.monotonic()
+        if session.must_make_room and self.sessions.is_open(session):
+            self.sessions.evict(session)
         return reply
 
     def _admitted(

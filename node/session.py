@@ -35,6 +35,8 @@ class Session:
     return_s: float | None = None
     """From a reply to the next step, smoothed."""
     ended_because: str = ""
+    must_make_room: bool = False
+    """An older session needs its pages: it ends with the step under way."""
     made_room: bool = False
     """It was ended for an older session's sake."""
     answered: tuple[int, int] | None = None
