@@ -157,7 +157,7 @@ class Membership:
         self._state = ShardState.JOINING
         self._was_at_work, self._has_news, self._search_now = False, asyncio.Event(), asyncio.Event()
         self._stepped_at_s = time.monotonic()
-        self._last_eval: Commit | None = None
+        self._evaluation: tuple[int, float] | None = None
         self._addresses: tuple[str, ...] = ()
         self._leaderless_ticks = 0
         self._lost_at: dict[str, float] = {}
@@ -562,8 +562,8 @@ class Membership:
 
     def _tell(self, commit: Commit) -> None:
         self.last_commit, self._stepped_at_s = commit, time.monotonic()
-        if commit.num_eval_tokens:
-            self._last_eval = commit
+        if commit.eval_loss is not None:
+            self._evaluation = commit.epoch, commit.eval_loss
         self.work.stepped(commit)
         loss = math.nan if commit.loss is None else commit.loss
         log.info(
@@ -670,12 +670,12 @@ class Membership:
         await stream.fail("this member has no such thing, or not yet")
 
     def _standing(self) -> Standing:
-        commit, tested = self.member.last_commit, self._last_eval
+        commit = self.member.last_commit
         return Standing(
             self.place,
             None if commit is None else self._sign_kept(commit),
             self.course.newest_raw,
-            None if tested is None else (tested.epoch, tested.eval_loss_sum / tested.num_eval_tokens),
+            self._evaluation,
             time.monotonic() - self._stepped_at_s,
         )
 
