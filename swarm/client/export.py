@@ -24,7 +24,6 @@ from swarm.errors import BadReply, PeerFailed, UserError
 from swarm.member_record import MemberRecord
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host
-from swarm.records import ShardState
 from swarm.run_orders import Orders, open_orders
 from swarm.run_spec import RunSpec
 from swarm.run_store import RunStore
@@ -38,7 +37,7 @@ from swarm.training.peft_checkpoint import write_peft_checkpoint
 from swarm.training.rollback import complete_places, newest, saved_by_stage
 from swarm.training.run_folder import RUN_FOLDER, num_vectors_of, states_of
 from swarm.training.saved_transfer import donors_of, fetch_saved, fetch_state
-from swarm.training.standing import ask_standings
+from swarm.training.standing import hear_members
 
 T = TypeVar("T")
 
@@ -154,12 +153,9 @@ class RunMembers:
 
     async def hear_orders(self, records: Sequence[MemberRecord], commit: Commit | None) -> bytes:
         """The newest signed orders of the run's owner that somebody knows; what they name is among the run's files from now on."""
-        present = [record for record in records if record.state != ShardState.LEAVING]
-        standings = await ask_standings(self._host, self.store, present)
         course = RunCourse(self.store)
-        for raw in (b"" if commit is None else commit.orders, *(standing.orders for standing in standings.values())):
-            with contextlib.suppress(BadReply):  # what somebody else has made
-                course.hear(raw)
+        course.check(commit)
+        await hear_members(self._host, course, records)
         return course.newest_raw
 
 

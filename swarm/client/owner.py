@@ -43,6 +43,7 @@ class Look:
     """The run at one moment."""
 
     records: tuple[MemberRecord, ...]
+    """Of those who do not leave."""
     standings: Mapping[tuple[str, int], Standing]
     orders: Orders
     """The newest that somebody knows."""

@@ -27,7 +27,7 @@ class RunCourse:
     """What the owner has said, as far as it is known here."""
 
     def __init__(self, store: RunStore) -> None:
-        self._store = store
+        self.store = store
         self.spec, self.run_id = store.spec, store.run_id
         # Asked for each microbatch: RunSpec checks itself whenever it is made.
         self._opened = functools.lru_cache(maxsize=16)(self._open)
@@ -51,7 +51,7 @@ class RunCourse:
             return False
         self._take(raw, orders)
         try:
-            self._store.keep_orders(raw)
+            self.store.keep_orders(raw)
         except UserError as error:
             log.error("orders not kept serial=%d reason=%s", orders.serial, error)
         return True
@@ -60,7 +60,7 @@ class RunCourse:
         self.newest, self.newest_raw = orders, raw
         for amendment in orders.amendments:
             if amendment.data is not None:
-                self._store.learn(amendment.data)
+                self.store.learn(amendment.data)
 
     def check(self, commit: Commit | None) -> None:
         """Hear the orders that it carries. BadReply if the owner did not give them."""
@@ -124,7 +124,7 @@ class RunCourse:
 
     def _open(self, raw: bytes) -> Orders:
         """ValueError, naming the reason."""
-        orders = open_orders(raw, self.run_id, self._store.owner)
+        orders = open_orders(raw, self.run_id, self.store.owner)
         for amendment in orders.amendments:
             orders.spec_at(self.spec, amendment.epoch)
         return orders
