@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -182,7 +182,7 @@ async def export_checkpoint(
     """Fetch and write it, all or nothing. Raises UserError if the disk is full or fails, PeerFailed if members do."""
     store, sizes = members.store, [members.layout.size(stage) for stage in range(members.store.spec.num_stages)]
     bytes_each = dtype.itemsize + (4 * num_vectors_of(store.spec) if with_moments else 0)
-    with _made_at(out) as folder:
+    with made_at_once(out) as folder:
         require_space(folder, bytes_each * sum(sizes))
         run_folder = folder.parent / RUN_FOLDER if with_moments else None
         await members.fetch_artifacts()
@@ -220,12 +220,6 @@ def _orders_at(store: RunStore, commit: Commit | None) -> Orders:
         ) from error
 
 
-@contextlib.contextmanager
-def _made_at(out: Path) -> Iterator[Path]:
-    with disk_errors(out), made_at_once(out.resolve()) as folder:
-        yield folder
-
-
 async def to_its_end(function: Callable[[], T]) -> T:
     """What a function returns that runs in a thread. Who is cancelled waits for its end, so that nothing is written after him."""
     running = asyncio.create_task(asyncio.to_thread(function))
@@ -234,19 +228,6 @@ async def to_its_end(function: Callable[[], T]) -> T:
     except asyncio.CancelledError:
         await asyncio.wait([running])
         raise
-
-
-@contextlib.contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """What an error of the disk means for the user."""
-    try:
-        yield
-    except (TimeoutError, ConnectionError):  # which are OSErrors, too
-        raise
-    except OSError as error:
-        raise UserError(
-            f"cannot write {out} ({error.strerror or error}): free some space on its disk, or choose another folder"
-        ) from error
 
 
 def _what_is_missing(
