@@ -14,8 +14,8 @@ from swarm.run_store import RunStore
 from swarm.training.copies import Copy, CopyStore, CopyWatch
 from swarm.training.layout import layout_of
 from swarm.training.membership import Membership
+from swarm.training.parameters import num_vectors_of
 from swarm.training.requests import Donor
-from swarm.training.run_folder import num_vectors_of
 from swarm.training.run_host import RunHost
 from swarm.training.saved_transfer import donors_of, fetch_state
 

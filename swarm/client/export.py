@@ -33,9 +33,10 @@ from swarm.training.course import RunCourse
 from swarm.training.find_run import find_run
 from swarm.training.hf_checkpoint import made_at_once, require_space, write_hf_checkpoint
 from swarm.training.layout import Layout, layout_of
+from swarm.training.parameters import num_vectors_of
 from swarm.training.peft_checkpoint import write_peft_checkpoint
 from swarm.training.rollback import complete_places, newest, saved_by_stage
-from swarm.training.run_folder import RUN_FOLDER, num_vectors_of, states_of
+from swarm.training.run_folder import RUN_FOLDER, states_of
 from swarm.training.saved_transfer import donors_of, fetch_saved, fetch_state
 from swarm.training.standing import hear_members
 
