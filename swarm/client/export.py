@@ -24,7 +24,7 @@ from swarm.errors import BadReply, PeerFailed, UserError
 from swarm.member_record import MemberRecord
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host
-from swarm.run_orders import Orders, open_orders
+from swarm.run_orders import Orders
 from swarm.run_spec import RunSpec
 from swarm.run_store import RunStore
 from swarm.terminal import ProgressBar
@@ -214,7 +214,7 @@ async def export_checkpoint(
 def _orders_at(store: RunStore, commit: Commit | None) -> Orders:
     """In force after a commit. BadReply if the owner did not give them."""
     try:
-        return open_orders(b"" if commit is None else commit.orders, store.run_id, store.owner)
+        return store.open_orders(b"" if commit is None else commit.orders)
     except ValueError as error:
         raise BadReply(
             f"the state of epoch {0 if commit is None else commit.epoch + 1} cannot be used: {error}"

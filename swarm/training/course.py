@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from swarm.epoch.messages import EARLY, Commit, Place, Rules
 from swarm.errors import BadReply, UserError
-from swarm.run_orders import NO_ORDERS, Orders, open_orders
+from swarm.run_orders import NO_ORDERS, Orders
 from swarm.run_spec import DataSpec, RunSpec
 from swarm.run_store import RunStore
 
@@ -124,7 +124,7 @@ class RunCourse:
 
     def _open(self, raw: bytes) -> Orders:
         """ValueError, naming the reason."""
-        orders = open_orders(raw, self.run_id, self.store.owner)
+        orders = self.store.open_orders(raw)
         for amendment in orders.amendments:
             orders.spec_at(self.spec, amendment.epoch)
         return orders

@@ -18,7 +18,7 @@ from swarm.p2p.directory import Directory
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host
 from swarm.records import ShardState
-from swarm.run_orders import NO_ORDERS, Orders, open_orders
+from swarm.run_orders import NO_ORDERS, Orders
 from swarm.run_store import RunStore
 from swarm.training.course import RunCourse
 from swarm.training.requests import Donor, open_request, received
@@ -141,7 +141,7 @@ def newest_orders(raws: Iterable[bytes], store: RunStore) -> tuple[Orders, bytes
     newest, newest_raw = NO_ORDERS, b""
     for raw in raws:
         try:
-            orders = open_orders(raw, store.run_id, store.owner)
+            orders = store.open_orders(raw)
         except ValueError:
             continue
         if orders.serial > newest.serial:
