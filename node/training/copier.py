@@ -65,7 +65,7 @@ class Copier:
         head, state = await fetch_state(
             self._run_host.host, self._store.run_id, copy.stage, copy.place, donors, size, num_vectors
         )
-        self._membership.course.check(head.saved.commit)
+        self._membership.hear_orders_of(head.saved.commit)
         await asyncio.to_thread(self._copies.keep, copy, head.saved.commit, state)
         log.info("copy kept stage=%d epoch=%d: few others have it", copy.stage, copy.place.epoch)
         self._membership.has_news()

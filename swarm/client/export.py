@@ -155,7 +155,8 @@ class RunMembers:
     async def hear_orders(self, records: Sequence[MemberRecord], commit: Commit | None) -> bytes:
         """The newest signed orders of the run's owner that somebody knows; what they name is among the run's files from now on."""
         course = RunCourse(self.store)
-        course.check(commit)
+        if commit is not None:
+            course.hear(commit.orders)
         await hear_members(self._host, course, records)
         return course.newest_raw
 

@@ -62,13 +62,8 @@ class RunCourse:
             if amendment.data is not None:
                 self.store.learn(amendment.data)
 
-    def check(self, commit: Commit | None) -> None:
-        """Hear the orders that it carries. BadReply if the owner did not give them."""
-        if commit is not None and commit.orders:
-            self.hear(commit.orders)
-
     def orders_of(self, commit: Commit | None) -> Orders:
-        """In force after a commit that was checked; None: at the start of the run."""
+        """In force after a commit whose orders were heard; None: at the start of the run."""
         return NO_ORDERS if commit is None else self._opened(commit.orders)
 
     def spec_after(self, commit: Commit | None) -> RunSpec:

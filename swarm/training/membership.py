@@ -179,8 +179,8 @@ class Membership:
             parameters,
             checkpoints,
             self._links,
-            self.course,
             self.config,
+            self.hear_orders_of,
             self._events.put_nowait,
         )
 
@@ -445,7 +445,7 @@ class Membership:
         if isinstance(message, Commit):
             if not is_signed(message, self.run_id):
                 raise BadReply(f"peer {peer[-8:]} sent a commit that its leader did not sign")
-            self.course.check(message)
+            self.hear_orders_of(message)
         if isinstance(message, Hello) and message.stage != stage_of(peer):
             raise BadReply(f"member {peer[-10:]} says that it is of stage {message.stage}")
         self.feed(m.Received(peer, message))
@@ -461,6 +461,11 @@ class Membership:
         for callback in self.on_orders:
             callback(self.course.newest)
         self.feed(m.Steered())
+
+    def hear_orders_of(self, commit: Commit | None) -> None:
+        """Those that a commit carries: perhaps they came no other way. BadReply if the owner did not give them."""
+        if commit is not None:
+            self.hear_orders(commit.orders)
 
     def has_news(self) -> None:
         """Something in the record has changed."""
