@@ -32,6 +32,8 @@ from swarm.training.parameters import GradientSum, are_finite
 
 BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5625}
 """int4: 4 bits and 16 more for every 32 weights, as llama.cpp's Q4_0 has; a node that keeps more per group is held against the same."""
+_NUM_PAST = 64
+_STEPS_BETWEEN_READS = 5
 
 
 def measure_span(options: argparse.Namespace) -> dict[str, Any]:
@@ -70,11 +72,8 @@ def _measure_inference(checkpoint: Checkpoint, options: argparse.Namespace, valu
     gemm.block_s()
     for _ in range(options.repeats):
         for name, shard in shards.items():
-            # Yardsticks before and after, as what others leave of the machine changes within seconds.
-            rate = read.bytes_per_s()
-            steps_s = [step_s / shape.blocks for step_s in _decode_s(shard.model, options.decode_steps)]
-            decode_s = statistics.median(steps_s)
-            rate = max(rate, read.bytes_per_s())
+            steps_s, rate = _decode(shard.model, options.decode_steps, read)
+            decode_s = statistics.median(steps_s) / shape.blocks
             floor_s = shape.weights_per_block * BYTES_PER_WEIGHT[name] / rate
             gemm_s = gemm.block_s()
             prefill_s = _prefill_s(shard.model, options.prefill_tokens) / shape.blocks
@@ -85,20 +84,25 @@ def _measure_inference(checkpoint: Checkpoint, options: argparse.Namespace, valu
                     f"{name}__decode_ms_per_block": 1000 * decode_s,
                     f"{name}__floor_ms_per_block": 1000 * floor_s,
                     f"{name}__decode_share_of_floor": floor_s / decode_s,
-                    f"{name}__fastest_step_share_of_floor": floor_s / min(steps_s),
+                    f"{name}__fastest_step_share_of_floor": floor_s * shape.blocks / min(steps_s),
                     f"{name}__prefill_tokens_per_s_per_block": options.prefill_tokens / prefill_s,
                     f"{name}__prefill_share_of_gemm": gemm_s / prefill_s,
                 }
             )
 
 
-def _decode_s(model: SpanModel, num_steps: int, num_past: int = 64) -> list[float]:
-    """Seconds of each step of one token through the whole span, after some others."""
+def _decode(model: SpanModel, num_steps: int, read: ReadRate) -> tuple[list[float], float]:
+    """Seconds of each step of one token through the whole span, and bytes/s of the best read between them."""
     cache = model.new_cache(model.span)
-    model.forward(_hidden(1, num_past, model.hidden_size, model.dtype), cache)
+    model.forward(_hidden(1, _NUM_PAST, model.hidden_size, model.dtype), cache)
     token = _hidden(1, 1, model.hidden_size, model.dtype)
-    model.forward(token, cache)
-    return [seconds(lambda: model.forward(token, cache)) for _ in range(num_steps)]
+    steps_s, rates = [], []
+    for number in range(num_steps):
+        if number % _STEPS_BETWEEN_READS == 0:  # what others leave of the machine changes within a second
+            rates.append(read.bytes_per_s())
+            model.forward(token, cache)
+        steps_s.append(seconds(lambda: model.forward(token, cache)))
+    return steps_s, max(rates)
 
 
 def _prefill_s(model: SpanModel, num_tokens: int) -> float:
