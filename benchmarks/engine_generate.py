@@ -114,7 +114,7 @@ def _race(
             theirs = f"llama_cpp_{COUNTERPARTS[name]}"
             results[f"{name}.ratio_to_{theirs}"] = spread(_ratios(rates, contestant.llama_rates))
             results[f"{theirs}.tokens_per_s"] = spread(contestant.llama_rates)
-            results[f"{theirs}.tokens_as_local_fp32"] = _num_equal(local, prompt, contestant.llama_tokens)
+            results[f"{theirs}.tokens_as_local_fp32"] = _num_agreed(local, prompt, contestant.llama_tokens)
             results[f"{theirs}.build"] = (
                 f"llama-cpp-python {contestant.llama.build['version']}, wait policy {contestant.llama.wait_policy or 'its own'}, {contestant.llama.build['system']}"
             )
@@ -125,12 +125,12 @@ def _ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [one / other for one, other in zip(ours, theirs, strict=True)]
 
 
-def _num_equal(local: Any, prompt: dict[str, Any], tokens: Sequence[int]) -> int:
-    """How many of the first tokens are what transformers says in fp32: shows that the GGUF holds the same model."""
-    output = local.generate(**prompt, max_new_tokens=len(tokens), min_new_tokens=len(tokens), do_sample=False)
-    expected = output[0, prompt["input_ids"].shape[1] :].tolist()
-    differs = [one != other for one, other in zip(tokens, expected, strict=True)]
-    return differs.index(True) if any(differs) else len(tokens)
+def _num_agreed(local: Any, prompt: dict[str, Any], tokens: Sequence[int]) -> int:
+    """How many of llama.cpp's tokens transformers would have chosen in their place in fp32: shows that the GGUF holds the same model."""
+    whole = torch.cat([prompt["input_ids"][0], torch.tensor(tokens)])
+    with torch.inference_mode():
+        chosen = local(whole[None]).logits[0].argmax(-1)
+    return int((chosen[-len(tokens) - 1 : -1] == whole[-len(tokens) :]).sum())
 
 
 class _TokenClock(BaseStreamer):

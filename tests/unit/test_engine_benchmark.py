@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.engine import GOALS, judge, main
 from benchmarks.engine_profile import kind_of
+from benchmarks.report import spread
 
 
 def test_the_parts_without_processes_run(tmp_path, capsys):
@@ -24,10 +25,10 @@ def test_the_parts_without_processes_run(tmp_path, capsys):
 
 
 def test_goals_are_judged_by_medians():
-    judged = judge({"bf16.ratio_to_llama_cpp_f16": {"median": 0.5}, "bf16.overhead_per_hop_ms": {"median": 0.9}})
-    assert judged == {
+    ratio, overhead_ms = spread([0.5, 0.5, 0.46]), spread([0.9, 0.7, 1.0])
+    assert judge({"bf16.ratio_to_llama_cpp_f16": ratio, "bf16.overhead_per_hop_ms": overhead_ms}) == {
         "goal.bf16.ratio_to_llama_cpp_f16": ">= 0.45: met",
-        "goal.bf16.overhead_per_hop_ms": "<= 0.8: missed",
+        "goal.bf16.overhead_per_hop_ms": "<= 0.8: missed by the median, not by all that was measured",
     }
     assert judge(dict.fromkeys(GOALS, "not measured")) == {}
 
