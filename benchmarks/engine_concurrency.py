@@ -24,7 +24,6 @@ from benchmarks.engine_generate import SPANS
 from benchmarks.engine_models import SMOLLM2, random_llama
 from benchmarks.generation import PROMPT, generate_s
 from benchmarks.report import spread
-from node.config import PRECISIONS
 from swarm.client.connect import SwarmClient
 from swarm.client.session import Session
 from tests.support.processes import local_swarm
@@ -35,8 +34,8 @@ _STEPS_BEFORE = 8
 
 
 def measure_concurrency(options: argparse.Namespace) -> dict[str, Any]:
-    """Results of the part, with the first of the precisions that nodes have. options: see benchmarks/engine.py."""
-    precision = next(name for name in options.precisions if name in PRECISIONS)
+    """Results of the part, with the first of the precisions. options: see benchmarks/engine.py."""
+    precision = options.precisions[0]
     torch.set_num_threads(1)  # the node computes; what the client does is small
     results: dict[str, Any] = {"concurrency.precision": precision}
     model, hidden_size = random_llama(options.cache, options.shape), options.shape.hidden

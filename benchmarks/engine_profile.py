@@ -12,8 +12,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.engine_models import random_llama
+from benchmarks.engine_session import EngineSession
 from node.backend.span_model import SpanModel
-from node.config import PRECISIONS
 from node.shard import load_shard
 from swarm.checkpoint import open_checkpoint
 from swarm.span import Span
@@ -34,21 +34,21 @@ def measure_profile(options: argparse.Namespace) -> dict[str, Any]:
     checkpoint = open_checkpoint(str(random_llama(options.cache, options.shape)))
     results: dict[str, Any] = {}
     for name in options.precisions:
-        if name in PRECISIONS:
-            shard = load_shard(checkpoint, Span(0, options.shape.blocks), precision=name, device="cpu")
-            results |= {f"{name}.profile.{key}": value for key, value in profile_decode(shard.model).items()}
+        shard = load_shard(checkpoint, Span(0, options.shape.blocks), precision=name, device="cpu")
+        results |= {f"{name}.profile.{key}": value for key, value in profile_decode(shard.model).items()}
     return results
 
 
 def profile_decode(model: SpanModel) -> dict[str, Any]:
     """Of one step, on average: milliseconds, shares of the kinds of operators, and the operators with the most time of their own."""
-    cache = model.new_cache(model.span)
-    model.forward(torch.zeros(1, _NUM_PAST, model.hidden_size, dtype=model.dtype), cache)
+    session = EngineSession(model)
+    session.step(torch.zeros(1, _NUM_PAST, model.hidden_size, dtype=model.dtype))
     token = torch.zeros(1, 1, model.hidden_size, dtype=model.dtype)
-    model.forward(token, cache)
+    for _ in range(3):  # a trace is compiled in its first calls
+        session.step(token)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(_NUM_STEPS):
-            model.forward(token, cache)
+            session.step(token)
     events = sorted(profiled.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total_us = sum(event.self_cpu_time_total for event in events)
     shares = dict.fromkeys([*_KINDS, "rest"], 0.0)

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from benchmarks.engine_models import LlamaShape, random_llama
+from benchmarks.engine_session import EngineSession
 from benchmarks.engine_yardsticks import GemmRate, ReadRate, seconds
 from benchmarks.report import spread
 from node.backend.span_model import SpanModel
-from node.config import PRECISIONS
 from node.shard import load_shard
 from node.training.stage import TrainableStage
 from swarm.checkpoint import Checkpoint, open_checkpoint
@@ -43,10 +43,7 @@ def measure_span(options: argparse.Namespace) -> dict[str, Any]:
     values = _Values()
     _measure_inference(checkpoint, options, values)
     _measure_training(checkpoint, options, values)
-    missing = {name: "not measured: nodes do not have it" for name in options.precisions if name not in PRECISIONS}
-    return {key: spread(found) for key, found in values.items()} | {
-        f"{key}.decode": why for key, why in missing.items()
-    }
+    return {key: spread(found) for key, found in values.items()}
 
 
 class _Values(defaultdict[str, list[float]]):
@@ -61,22 +58,20 @@ class _Values(defaultdict[str, list[float]]):
 def _measure_inference(checkpoint: Checkpoint, options: argparse.Namespace, values: _Values) -> None:
     shape: LlamaShape = options.shape
     span = Span(0, shape.blocks)
-    shards = {
-        name: load_shard(checkpoint, span, precision=name, device="cpu")
-        for name in options.precisions
-        if name in PRECISIONS
-    }
+    models = {name: load_shard(checkpoint, span, precision=name, device="cpu").model for name in options.precisions}
+    sessions = {name: EngineSession(model) for name, model in models.items()}
     read, gemm = ReadRate(), GemmRate(shape, options.prefill_tokens, trains=False)
-    for shard in shards.values():  # warm-up
-        _prefill_s(shard.model, options.prefill_tokens)
+    for name, session in sessions.items():  # warm-up
+        _prefill_s(models[name], session, options.prefill_tokens)
     gemm.block_s()
     for _ in range(options.repeats):
-        for name, shard in shards.items():
-            steps_s, rate = _decode(shard.model, options.decode_steps, read)
+        for name, session in sessions.items():
+            model = models[name]
+            steps_s, rate = _decode(model, session, options.decode_steps, read)
             decode_s = statistics.median(steps_s) / shape.blocks
             floor_s = shape.weights_per_block * BYTES_PER_WEIGHT[name] / rate
             gemm_s = gemm.block_s()
-            prefill_s = _prefill_s(shard.model, options.prefill_tokens) / shape.blocks
+            prefill_s = _prefill_s(model, session, options.prefill_tokens) / shape.blocks
             gemm_s = statistics.mean([gemm_s, gemm.block_s()])
             values.add(read_gb_per_s=rate / 1e9, gemm_gflop_per_s=gemm.flop_per_block / gemm_s / 1e9)
             values.add(
@@ -91,23 +86,24 @@ def _measure_inference(checkpoint: Checkpoint, options: argparse.Namespace, valu
             )
 
 
-def _decode(model: SpanModel, num_steps: int, read: ReadRate) -> tuple[list[float], float]:
+def _decode(model: SpanModel, session: EngineSession, num_steps: int, read: ReadRate) -> tuple[list[float], float]:
     """Seconds of each step of one token through the whole span, and bytes/s of the best read between them."""
-    cache = model.new_cache(model.span)
-    model.forward(_hidden(1, _NUM_PAST, model.hidden_size, model.dtype), cache)
+    session.restart()
+    session.step(_hidden(1, _NUM_PAST, model.hidden_size, model.dtype))
     token = _hidden(1, 1, model.hidden_size, model.dtype)
     steps_s, rates = [], []
     for number in range(num_steps):
         if number % _STEPS_BETWEEN_READS == 0:  # what others leave of the machine changes within a second
             rates.append(read.bytes_per_s())
-            model.forward(token, cache)
-        steps_s.append(seconds(lambda: model.forward(token, cache)))
+            session.step(token)
+        steps_s.append(seconds(lambda: session.step(token)))
     return steps_s, max(rates)
 
 
-def _prefill_s(model: SpanModel, num_tokens: int) -> float:
+def _prefill_s(model: SpanModel, session: EngineSession, num_tokens: int) -> float:
     hidden = _hidden(1, num_tokens, model.hidden_size, model.dtype)
-    return seconds(lambda: model.forward(hidden, model.new_cache(model.span)))
+    session.restart()
+    return seconds(lambda: session.step(hidden))
 
 
 def _hidden(rows: int, tokens: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
