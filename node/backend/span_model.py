@@ -62,7 +62,7 @@ class SpanModel:
         config = copy.deepcopy(checkpoint.config)
         config.tie_word_embeddings = False
 
-        linears = None if numeric_class is None else frozen_linears(numeric_class, self.device)
+        linears = None if numeric_class is None else frozen_linears(numeric_class, self.device, self.hidden_size)
 
         def cut(model: Any) -> None:
             keep_blocks(model, checkpoint.num_blocks, span)
