@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from node.backend import linear_choice, linears
+from swarm.linears import choice as linear_choice
+from swarm.linears import frozen
 from swarm.linears.choice import LinearChoice, largest_error
 from swarm.linears.frozen import FrozenLinear, Int4Linear, Int8Linear, PrepackedLinear, WidenedLinear
 from swarm.linears.int4_layout import Int4Layout, find_int4_layout
@@ -105,7 +106,7 @@ def test_no_rows_give_no_rows(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_are_widened_in_several_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "_WIDENED_AT_ONCE", 70 * 96)
+    monkeypatch.setattr(frozen, "_WIDENED_AT_ONCE", 70 * 96)
     linear, weight = make(kind, weight_of(200, 96))
     check(linear, weight, None, (80,))
 
