@@ -47,7 +47,7 @@ def admit(table: SessionTable, peer: str, number: int, *, batch: int = 1, max_le
 def grow(table: SessionTable, session: Session, num_tokens: int) -> None:
     """As a step does it: first the room, then the pages."""
     lengths = session.pages.lengths
-    missing = session.pages.num_missing(lengths, [num_tokens] * session.batch, reordered=False)
+    missing = session.pages.num_missing(lengths, [num_tokens] * session.batch)
     table.make_room(session, missing)
     for row in range(session.batch):
         session.pages.grow(row, num_tokens, None)
