@@ -54,7 +54,8 @@ class Session:
 
     def num_missing(self, position: int, rows: Sequence[int], num_new: Sequence[int]) -> int:
         """Pages that must be free for a step: a rewind, a reorder (empty: none), and so many new tokens of each row."""
-        return self.pages.num_missing(self.lengths_at(position), num_new, rows)
+        order = rows if self.cache is None else ()
+        return self.pages.num_missing(self.lengths_at(position), num_new, order)
 
     def rewind(self, position: int) -> None:
         """Forget all tokens from position on."""
@@ -66,7 +67,8 @@ class Session:
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Row r becomes what row rows[r] was."""
-        self.pages.reorder(rows)
+        if self.cache is None:  # a SpanCache has its own keys and values for every row, and all are as long
+            self.pages.reorder(rows)
         self._mask = None if self._mask is None else self._mask[torch.tensor(list(rows))]
 
     def append(self, hidden_BTH: Tensor, mask: Tensor | None) -> list[Growth]:
