@@ -121,37 +121,45 @@ class SessionTable:
     def is_open(self, session: Session) -> bool:
         return self.sessions.get((session.peer_id, session.session_id)) is session
 
-    def make_room(self, session: Session, num_pages: int) -> None:
-        """See that so many pages are free for a session, if need be by ending younger ones that are idle. Raises Refused.
+    def expected_returns(self) -> list[float]:
+        """When those sessions are due that have nothing under way and whose pace is known."""
+        return [at for session in self.sessions.values() if (at := session.expected_at()) is not None]
 
-        Of these, the youngest of the peer that holds the most pages goes first.
+    def make_room(self, session: Session, num_pages: int) -> None:
+        """See that so many pages are free for a session, if need be by ending younger ones. Raises Refused.
+
+        Of these, the youngest of the peer that holds the most pages goes first. One whose step is under way ends after it: then
+        the older session is refused for now.
         """
-        missing = num_pages - self.pool.num_available
-        if missing <= 0:
-            return
-        order = {id(other): age for age, other in enumerate(self.sessions.values())}
-        candidates = [
-            other
-            for other in self.sessions.values()
-            if not other.is_busy and other.pages.num_pages and order[id(other)] > order[id(session)]
-        ]
+        younger = list(self.sessions.values())
+        younger = younger[younger.index(session) + 1 :]
         held: Counter[str] = Counter()
         for other in self.sessions.values():
             held[other.peer_id] += other.pages.num_pages
-        # Pages that two hold come free only with the second: count on what comes free, not on what each holds.
-        while self.pool.num_available < num_pages and candidates:
-            victim = max(candidates, key=lambda other: (held[other.peer_id], order[id(other)]))
-            candidates.remove(victim)
+        promised = 0
+        # Pages that two hold come free only with the second: count on what has come free, not on what each held.
+        while self.pool.num_available + promised < num_pages and younger:
+            victim = max(younger, key=lambda other: (not other.is_busy, held[other.peer_id], younger.index(other)))
+            younger.remove(victim)
             held[victim.peer_id] -= victim.pages.num_pages
-            self.num_evicted += 1
-            victim.made_room = True
-            self.close(victim, "it made room for an older session; open another and replay")
+            if victim.is_busy:
+                victim.must_make_room = True
+                promised += victim.pages.num_pages
+            else:
+                self.evict(victim)
         if self.pool.num_available < num_pages:
             raise Refused(
                 node_pb2.THIS_NODE_HAS_NO_ROOM,
-                f"{self._mib(num_pages)} more of cache are needed, {self._mib(self.pool.num_available)} are free and older sessions hold the rest; "
-                "try another node or later",
+                f"{self._mib(num_pages)} more of cache are needed, {self._mib(self.pool.num_available)} are free; "
+                + ("younger sessions are about to make room" if promised else "older sessions hold the rest")
+                + "; try another node or later",
             )
+
+    def evict(self, session: Session) -> None:
+        """End a session for an older one's sake."""
+        self.num_evicted += 1
+        session.made_room = True
+        self.close(session, "it made room for an older session; open another and replay")
 
     def close(self, session: Session, reason: str = "") -> None:
         """Free the session's pages. Closing twice is fine."""

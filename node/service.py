@@ -209,7 +209,7 @@ class NodeService:
         return hop
 
     async def _step(self, session: Session, request: node_pb2.Step, tensors: list[Tensor]) -> list[Buffer]:
-        session.last_used = time.monotonic()
+        session.note_arrival(time.monotonic())
         if request.session_id != session.session_id:
             raise Refused(node_pb2.THE_SESSION_IS_UNKNOWN, "the step is for another session than the stream")
         if not self.sessions.is_open(session):
@@ -243,7 +243,9 @@ class NodeService:
         self.num_found_tokens += sum(growth.found for growth in step.growths)
         session.kept_reply = reply
         session.answered = (request.session_version, request.position)
-        session.last_used = time.monotonic()
+        session.last_used = session.replied_at = time.monotonic()
+        if session.must_make_room and self.sessions.is_open(session):
+            self.sessions.evict(session)
         return reply
 
     def _status(self) -> node_pb2.Reply:

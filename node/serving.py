@@ -36,5 +36,7 @@ def serve_shard(
     sessions = SessionTable(session_limits_of(config, num_models=num_models), shard.cache_bytes_per_token)
     microbatches = Microbatches(shard, executor, microbatch_limits_of(config, num_models=num_models))
     chunk_tokens = max(16, min(512, int(throughput.prefill_tokens_per_s * MAX_STALL_S)))
-    steps = Steps(engine, executor, BatchLimits(chunk_tokens), config.max_waiting_jobs)
+    steps = Steps(
+        engine, executor, BatchLimits(chunk_tokens), config.max_waiting_jobs, expected_returns=sessions.expected_returns
+    )
     return NodeService(shard, model_name, steps, sessions, microbatches)

@@ -31,7 +31,12 @@ class Session:
     """Of each row, padding included."""
     is_busy: bool = False
     """A step is under way."""
+    replied_at: float | None = None
+    return_s: float | None = None
+    """From a reply to the next step, smoothed."""
     ended_because: str = ""
+    must_make_room: bool = False
+    """An older session needs its pages: it ends with the step under way."""
     made_room: bool = False
     """It was ended for an older session's sake."""
     answered: tuple[int, int] | None = None
@@ -39,6 +44,19 @@ class Session:
     kept_reply: list[Buffer] = field(default_factory=list)
     _mask: Tensor | None = None
     """bool [batch, num_tokens], False for padding; None while every token is real."""
+
+    def note_arrival(self, now: float) -> None:
+        """A step came."""
+        self.last_used = now
+        if self.replied_at is not None:
+            gap_s = now - self.replied_at
+            self.return_s = gap_s if self.return_s is None else 0.7 * self.return_s + 0.3 * gap_s
+
+    def expected_at(self) -> float | None:
+        """When the next step is due, by the pace so far; None while nothing is known of it, or one is under way."""
+        if self.is_busy or self.replied_at is None or self.return_s is None:
+            return None
+        return self.replied_at + self.return_s
 
     def lengths_at(self, position: int) -> list[int]:
         """Tokens of each row before a position that take room: the real ones where steps are computed together, else all."""

@@ -7,7 +7,7 @@ prompt delays nobody by more than one chunk. Peers take turns: who has had fewer
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -35,6 +35,17 @@ class BatchLimits:
     max_tokens: int = 512
     short_tokens: int = 8
     """A step of at most so many tokens is short."""
+
+
+def gathering_s(expected_returns: Sequence[float], now: float, batch_s: float) -> float:
+    """How long to wait before a batch, for sessions that are about to be back; 0: begin at once.
+
+    A batch takes hardly longer for one session more, while whoever misses it waits for all of it. So it is worth a fifth of its
+    time, batch_s; who is due later, or is late already, is not waited for.
+    """
+    longest_s = 0.2 * batch_s
+    due = [at - now for at in expected_returns if -0.25 * longest_s < at - now < longest_s]
+    return min(max(due) + 0.25 * longest_s, longest_s) if due else 0.0
 
 
 class StepQueue(Generic[Step]):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from node.backend.step_engine import EngineStep, StepEngine
 from node.executor import Executor
-from node.step_queue import BatchLimits, StepQueue, Waiting
+from node.step_queue import BatchLimits, StepQueue, Waiting, gathering_s
 from protos import node_pb2
 from swarm.messages import Refused
 from swarm.tensors import Buffer
@@ -36,7 +37,16 @@ class _Job:
 class Steps:
     """Whoever waits for a step and finds no batch under way starts the next one, with all that wait then."""
 
-    def __init__(self, engine: StepEngine, executor: Executor, limits: BatchLimits, max_waiting: int) -> None:
+    def __init__(
+        self,
+        engine: StepEngine,
+        executor: Executor,
+        limits: BatchLimits,
+        max_waiting: int,
+        *,
+        expected_returns: Callable[[], Sequence[float]] = lambda: (),
+    ) -> None:
+        """expected_returns: when (time.monotonic()) sessions are due that have nothing under way."""
         self.engine = engine
         self.num_batches = 0
         self.num_batched = 0
@@ -46,8 +56,11 @@ class Steps:
         self._queue: StepQueue[_Job] = StepQueue(limits, together=engine.computes_together)
         self._lock = threading.Lock()
         """Guards _queue, from which the device thread takes a batch when its turn has come."""
+        self._expected_returns = expected_returns
+        self._batch_s = 0.0
         self._is_running = False
         self._turn = asyncio.Condition()
+        self._arrival = asyncio.Event()
 
     async def run(
         self, step: EngineStep, peer_id: str, encode: Callable[[EngineStep], list[Buffer]], is_alone: Callable[[], bool]
@@ -64,6 +77,7 @@ class Steps:
         job = _Job(step, encode)
         with self._lock:
             self._queue.add(Waiting(job, peer_id, step.hop, step.num_tokens))
+        self._arrival.set()
         try:
             while not job.is_done:
                 if self._is_running:
@@ -82,11 +96,27 @@ class Steps:
     async def _run_batch(self, alone: bool) -> None:
         self._is_running = True
         try:
+            if self.engine.computes_together:
+                await self._gather()
             await self._executor.run(lambda: self._compute_next(alone))
         finally:
             self._is_running = False
             async with self._turn:
                 self._turn.notify_all()
+
+    async def _gather(self) -> None:
+        """Wait a little for sessions that will be back at once."""
+        deadline = time.monotonic() + 0.2 * self._batch_s
+        while (now := time.monotonic()) < deadline:
+            wait_s = min(gathering_s(self._expected_returns(), now, self._batch_s), deadline - now)
+            if wait_s <= 0:
+                return
+            self._arrival.clear()
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._arrival.wait()
+            except TimeoutError:
+                return
 
     def _compute_next(self, alone: bool) -> None:
         """On the device thread."""
@@ -94,6 +124,7 @@ class Steps:
             batch = self._queue.next_batch(alone=alone)
         if not batch:
             return
+        started = time.monotonic()
         self.num_batches += 1
         self.num_batched += len(batch)
         try:
@@ -105,6 +136,7 @@ class Steps:
             log.warning("batch failed, each step alone num_steps=%d error=%s", len(batch), type(error).__name__)
             for job, count in batch:
                 self._compute_alone(job, count)
+        self._batch_s = time.monotonic() - started
         for job, _ in batch:
             if job.error is None and job.step.num_done == job.step.num_tokens:
                 job.reply = job.encode(job.step)

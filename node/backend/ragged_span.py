@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _TRIAL_LENGTHS = (11, 5, 8)
 _PAGE_TOKENS = 4
+_TRACED_TOKENS = 16
+"""Of a batch, at most. A trace knows no `if`, and with more tokens some linears take another way."""
 
 
 class RaggedSpan:
@@ -65,16 +67,23 @@ class RaggedSpan:
         hidden = hidden_NH[None].to(self.model.device)
         positions = step.positions().to(self.model.device)
         with ragged.active(step, is_trial=is_trial):
-            traced = self._traced.get(hop)
+            traced = self._traced.get(hop) if len(hidden_NH) <= _TRACED_TOKENS else None
             output: Tensor = (traced or self._blocks_of(hop))(hidden, positions)
         return output[0].to("cpu")
 
     def trace(self, hop: Span) -> bool:
         """Trace a hop's blocks. Whether that succeeded; if not, a log line says why, and they are called as ever."""
-        store = self.new_store(4, _PAGE_TOKENS)
+        store = self.new_store(8, _PAGE_TOKENS)
         generator = torch.Generator().manual_seed(1)
-        hidden = torch.randn(7, self.model.hidden_size, generator=generator).to(self.model.device, self.model.dtype)
-        steps = [[RowPart([0], 0, 1)], [RowPart([0], 1, 1), RowPart([2, 1], 0, 5)], [RowPart([2, 1], 5, 1)]]
+        hidden = torch.randn(_TRACED_TOKENS, self.model.hidden_size, generator=generator).to(
+            self.model.device, self.model.dtype
+        )
+        steps = [
+            [RowPart([0], 0, 1)],
+            [RowPart([0], 1, 1), RowPart([2, 1], 0, 5)],
+            [RowPart([2, 1], 5, 1)],
+            [RowPart([0], 2, 1), RowPart([4, 3, 6, 7], 0, _TRACED_TOKENS - 1)],
+        ]
         try:
             with quiet_libraries(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from node.backend.linear_swap import activation_dtype, frozen_linears
 from node.backend.span_cache import SpanCache
 from node.backend.span_cut import HopView, keep_blocks
 from swarm.decoder import (
@@ -41,13 +42,19 @@ class SpanModel:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         state_dict: dict[str, Tensor] | None = None,
+        numeric_class: str | None = None,
     ) -> None:
         """state_dict: what checkpoint.load_blocks(span) returns, if the caller has it already; emptied here to save memory.
 
+        numeric_class: of a model whose weights never change: its linears are made for that, and dtype follows. None: all modules are
+        transformers' own, with weights in dtype.
         Raises UserError for a model that cannot be served in spans, with the reason.
         """
         refuse_unfit(checkpoint.config, checkpoint.name)
+        if numeric_class is not None:
+            dtype = activation_dtype(numeric_class)
         self.span, self.dtype, self.device = span, dtype, torch.device(device)
+        self.numeric_class = numeric_class or ("fp32" if dtype == torch.float32 else "bf16")
         self.hidden_size = int(checkpoint.config.hidden_size)
         tensors = checkpoint.load_blocks(span) if state_dict is None else state_dict
         renamed = renumber(tensors, span.start)
@@ -55,10 +62,16 @@ class SpanModel:
         config = copy.deepcopy(checkpoint.config)
         config.tie_word_embeddings = False
 
+        linears = None if numeric_class is None else frozen_linears(numeric_class, self.device, self.hidden_size)
+
         def cut(model: Any) -> None:
             keep_blocks(model, checkpoint.num_blocks, span)
+            if linears is not None:
+                linears.take(model, renamed)
 
         model = build_model(config, renamed, dtype=dtype, cut=cut, name=checkpoint.name)
+        if linears is not None:
+            linears.put(model)
         self._base = model.base_model.requires_grad_(False).to(self.device)
         self.takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
         self.autocast_dtype: torch.dtype | None = None
@@ -95,6 +108,7 @@ class SpanModel:
         self._weight_places = {
             tensor.untyped_storage().data_ptr()
             for tensor in itertools.chain(self._base.parameters(), self._base.buffers())
+            if not tensor.is_mkldnn  # a PrepackedLinear's, which no graph holds and which tells nobody where it is
         }
 
     def new_cache(self, hop: Span) -> SpanCache:

@@ -149,13 +149,14 @@ def test_the_youngest_session_makes_room_for_older_ones_and_never_the_other_way_
     assert not table.is_open(middle) and table.is_open(old) and table.num_evicted == 2
 
 
-def test_a_session_whose_step_is_under_way_makes_no_room() -> None:
+def test_a_session_whose_step_is_under_way_makes_room_after_it() -> None:
     table = make_table()
     old, young = (admit(table, peer, 1, max_length=NUM_PAGES * PAGE_TOKENS) for peer in "ab")
     grow(table, young, 19 * PAGE_TOKENS)
     young.is_busy = True
-    with pytest.raises(Refused, match="older sessions hold the rest"):
+    with pytest.raises(Refused, match="younger sessions are about to make room"):
         grow(table, old, 2 * PAGE_TOKENS)
+    assert table.is_open(young) and young.must_make_room and not old.must_make_room
     young.is_busy = False
     grow(table, old, 2 * PAGE_TOKENS)
     assert not table.is_open(young)
