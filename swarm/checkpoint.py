@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from swarm.cache import CacheEntry, Sidecar, cache_root, list_cache, prune_cache
+from swarm.decoder import text_config
 from swarm.errors import ModelNotFound, SwarmError, UserError
 from swarm.model_spec import ModelSpec, config_digest
 from swarm.sources import ALIASES, Located, locate
@@ -107,7 +108,7 @@ class Checkpoint:
         config = self._from_transformers(
             lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False), "config.json"
         )
-        text = config.get_text_config()
+        text = text_config(config, self.name)
         if getattr(config, "is_encoder_decoder", False) or not getattr(text, "num_hidden_layers", None):
             raise UserError(
                 f"{self.name} ({config.model_type}) is not a decoder with blocks: choose a causal language model"

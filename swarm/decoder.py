@@ -57,17 +57,31 @@ def positions_of(mask: Tensor, past: int) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp_min(0)[:, past:]
 
 
+def text_config(config: Any, name: str) -> Any:
+    """The config of the language model: the config itself, but for models made of several. UserError if it has several of those, too."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        raise _several_models(config, name) from None
+
+
 def refuse_unfit(config: Any, name: str) -> None:
     """Raise UserError, with the reason, for models whose blocks cannot be served one span here and one there."""
     kind = str(config.model_type)
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{name} ({kind}) is an encoder-decoder; only decoder models can be served")
-    if config.get_text_config() is not config:
-        raise UserError(f"{name} ({kind}) is made of several models; choose a checkpoint of its language model alone")
+    if text_config(config, name) is not config:
+        raise _several_models(config, name)
     recurrent = _recurrent_kinds(config)
     if recurrent:
         raise UserError(
             f"{name} has layers with recurrent state ({', '.join(recurrent)}), which cannot be rewound or replayed in part"
+        )
+    caches = _odd_caches(config)
+    if caches:
+        raise UserError(
+            f"{name} ({kind}) has blocks that keep more, or other things, than keys and values of each token ({', '.join(caches)}); "
+            "choose another model"
         )
     if _has_dynamic_rotations(config):
         raise UserError(
@@ -170,6 +184,24 @@ def _recurrent_kinds(config: Any) -> list[str]:
     if not kinds:
         kinds = {config.model_type, *(key for key in config.to_dict() if key.startswith(("mamba_", "ssm_")))}
     return sorted(str(kind) for kind in kinds if any(word in str(kind) for word in _RECURRENT))[:3]
+
+
+def _odd_caches(config: Any) -> list[str]:
+    """Classes of what transformers itself would make to remember tokens in, where that is more than a list of keys and values."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    try:
+        kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    except LIBRARY_ERRORS:
+        return []  # whoever builds the blocks tries out whether ours will do
+    return sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+
+
+def _several_models(config: Any, name: str) -> UserError:
+    return UserError(
+        f"{name} ({config.model_type}) is made of several models; choose a checkpoint of its language model alone"
+    )
 
 
 def _has_dynamic_rotations(config: Any) -> bool:

@@ -379,18 +379,28 @@ class _Entry(nn.Module):
 
 
 class _Nothing(nn.Module):
-    """Stands where a norm was, and returns what it is given, or a table of positions, and returns zero whatever it is asked."""
+    """Stands where a norm or all that embeds tokens was, and returns the hidden states that it is given; or where a table of
+    positions was, and returns zero whatever it is asked."""
 
     def __init__(self, replaced: nn.Module) -> None:
         super().__init__()
+        self._replaced = (replaced,)  # in a tuple, so that it is none of the model's modules
         self._is_table = isinstance(replaced, nn.Embedding)
 
-    def forward(self, given: Any = None, *_: Any, **__: Any) -> Any:
-        is_hidden = isinstance(given, Tensor) and given.is_floating_point() and given.ndim == 3
-        if is_hidden and not self._is_table:
-            return given
+    def forward(self, *args: Any, **options: Any) -> Any:
+        given = [value for value in (*args, *options.values()) if isinstance(value, Tensor)]
+        hidden = [tensor for tensor in given if tensor.is_floating_point() and tensor.ndim == 3]
+        if hidden and not self._is_table:
+            return hidden[0]
         # Of the one type that takes no other with it when it is added.
-        return torch.zeros(1, 1, 1, dtype=torch.bool, device=given.device if isinstance(given, Tensor) else None)
+        return torch.zeros(1, 1, 1, dtype=torch.bool, device=given[0].device if given else None)
+
+    def __getattr__(self, name: str) -> Any:
+        """To code that only looks at it, it is what it replaced, whose weights are not in memory."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_replaced"][0], name)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
