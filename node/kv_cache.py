@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
-from node.backend.span_model import SpanCache
+from node.backend.span_cache import SpanCache
 from node.config import NodeConfig
 from protos import node_pb2
 from swarm.messages import Refused

@@ -178,7 +178,8 @@ class Ends:
 
     def _find_misfit(self, probe: Tensor) -> str | None:
         """Why this family's ends cannot be told from its blocks; None if they can."""
-        ids = torch.arange(5, device=self.device)[None] % self.vocab_size
+        padding = self.module.config.pad_token_id
+        ids = torch.tensor([[i % self.vocab_size for i in range(6) if i != padding][:5]], device=self.device)
         embedded = self.embed(ids)
         if embedded.ndim != 3:
             return "what goes from block to block is not one hidden state for each token"
@@ -186,6 +187,8 @@ class Ends:
             return "its ends do not run without its blocks"
         if not self._may_embed_in_parts(ids, embedded):
             return "tokens cannot be embedded at a given position"
+        if not torch.equal(self.embed_whole(ids), embedded):
+            return "its positions do not count from 0"
         return None
 
     def _find_shape_of_block_outputs(self, probe: Tensor) -> bool:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
@@ -15,17 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
+from node.backend.misfit import find_misfit, probe_of, same, trace
+from node.backend.span_cache import SpanCache
+from node.backend.span_cut import HopView, keep_blocks
 from swarm.decoder import (
     LIBRARY_ERRORS,
     BlockSource,
     build_model,
     find_blocks,
-    positions_of,
     refuse_unfit,
     renumber,
-    replace_blocks,
 )
 from swarm.errors import BadRequest, UserError
 from swarm.span import Span
@@ -58,7 +57,7 @@ class SpanModel:
         config.tie_word_embeddings = False
 
         def cut(model: Any) -> None:
-            _keep_blocks(model, checkpoint.num_blocks, span)
+            keep_blocks(model, checkpoint.num_blocks, span)
 
         model = build_model(config, renamed, dtype=dtype, cut=cut, name=checkpoint.name)
         self._base = model.base_model.requires_grad_(False).to(self.device)
@@ -66,7 +65,7 @@ class SpanModel:
         self.autocast_dtype: torch.dtype | None = None
         """What autocast computes in, over float32 weights that are trained. None: no autocast."""
         self._enters_late = False  # whether the base model changes hidden states on their way to the first block
-        self._views: dict[Span, _View] = {}
+        self._views: dict[Span, HopView] = {}
         self._weight_places: set[int] = set()
         self.note_weights()
         try:
@@ -206,221 +205,19 @@ class SpanModel:
         self.forward(torch.zeros(1, 8, self.hidden_size, dtype=self.dtype), cache)
         return -(-cache.num_bytes // (8 * len(self.span)))
 
-    def _view_of(self, hop: Span) -> _View:
+    def _view_of(self, hop: Span) -> HopView:
         if hop not in self._views:
-            self._views[hop] = _View(self._base, self.span, hop, self._enters_late)
+            self._views[hop] = HopView(self._base, self.span, hop, self._enters_late)
         return self._views[hop]
 
     def _find_misfit(self) -> str | None:
         """Why this family's blocks, run one after another, are not the model; None if they are. Tried on random hidden states."""
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(1, 4, self.hidden_size, generator=generator).to(self.dtype)
-        passed = self._trace(probe)
-        if not _same(passed[0][0].to("cpu"), probe):
+        _, blocks = find_blocks(self._base, len(self.span))
+        probe = probe_of(self)
+        (first, *_), _, _ = trace(self, list(blocks), probe)
+        if not same(first.given, probe):
             self._enters_late = True
             self._views.clear()
-            passed = self._trace(probe)
-        if not all(_same(after, before) for (_, after), (before, _) in itertools.pairwise(passed)):
-            return "it computes something between its blocks"
-        cache = self.new_cache(self.span)
-        output = self.forward(probe, cache)
-        if not _same(output, passed[-1][1].to("cpu")):
-            return "it computes something after its blocks that cannot be cut off"
-        if not cache.is_complete:
-            return "its blocks do not keep keys and values of their own for every token"
-        changed = probe.clone()
-        changed[:, -1] *= -2
-        difference = self.forward(changed, self.new_cache(self.span))[:, :-1] - output[:, :-1]
-        # Not bit-equal where experts get other batches, but a block that looks ahead differs in the first digits.
-        tolerance = 1e-3 if self.dtype == torch.float32 else 0.05
-        return "its tokens depend on later ones" if difference.abs().max() > tolerance * output.abs().max() else None
-
-    def _trace(self, probe: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What each block of the span received and returned in one forward."""
-        seen: list[tuple[Tensor, Tensor]] = []
-
-        def note(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
-            given = args[0] if args else options["hidden_states"]
-            seen.append((given, output if isinstance(output, Tensor) else output[0]))
-
-        _, blocks = find_blocks(self._base, len(self.span))
-        hooks = [block.register_forward_hook(note, with_kwargs=True) for block in blocks]
-        try:
-            self.forward(probe, self.new_cache(self.span))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return seen
-
-
-class SpanCache:
-    """Keys and values of a session on one hop: num_tokens for each row, and which of them are real."""
-
-    def __init__(self, hop: Span) -> None:
-        self.hop = hop
-        self.num_tokens = 0
-        self.layers = _OffsetCache(hop.start)
-        self._mask: Tensor | None = None  # bool [B, num_tokens]; None while every token is real
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all keys and values."""
-        tensors = [
-            tensor for layer in self.layers.layers if layer.is_initialized for tensor in (layer.keys, layer.values)
-        ]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every block of the hop has keys and values for every token."""
-        return [layer.get_seq_length() for layer in self.layers.layers] == [self.num_tokens] * len(self.hop)
-
-    def rewind(self, position: int) -> None:
-        """Forget all tokens from position on."""
-        if not 0 <= position <= self.num_tokens:
-            raise BadRequest(f"cannot rewind to {position}: the cache holds {self.num_tokens} tokens")
-        if position == 0:
-            self.layers = _OffsetCache(self.hop.start)
-        elif position < self.num_tokens:
-            self.layers.crop(position - self.num_tokens)
-        self._mask = None if self._mask is None or position == 0 else self._mask[:, :position]
-        self.num_tokens = position
-
-    def reorder(self, rows: Tensor) -> None:
-        """Row r becomes what row rows[r] was. rows: int64 [B]."""
-        if self.num_tokens == 0:
-            return
-        with torch.inference_mode():
-            self.layers.batch_select_indices(rows)
-            self._mask = None if self._mask is None else self._mask[rows]
-
-    def extend_mask(self, new: Tensor | None, batch: int, num_new: int) -> tuple[Tensor | None, Tensor]:
-        """Take note of which new tokens are real. (attention mask [B, past + T] or None, positions [B or 1, T]) for them."""
-        past = self.num_tokens
-        if new is None and self._mask is None:
-            return None, torch.arange(past, past + num_new)[None]
-        old = torch.ones(batch, past, dtype=torch.bool) if self._mask is None else self._mask[:, :past]
-        fresh = torch.ones(batch, num_new, dtype=torch.bool) if new is None else new
-        self._mask = torch.cat([old, fresh], dim=1)
-        attention_mask = self._mask.long()
-        return attention_mask, positions_of(attention_mask, past)
-
-
-class _OffsetCache(DynamicCache):  # type: ignore[misc]
-    """A DynamicCache for blocks that know themselves by their index in the model, while it holds only those of the hop."""
-
-    def __init__(self, first_block: int) -> None:
-        super().__init__()  # without the config: full-length layers, which can be rewound even where attention slides
-        self.first_block = first_block
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        return super().update(key_states, value_states, layer_idx - self.first_block, *args, **kwargs)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        # Base models ask for "the" length as that of layer 0, blocks for their own.
-        return int(super().get_seq_length(max(layer_idx - self.first_block, 0)))
-
-
-class _View:
-    """The model of only a hop's blocks; it shares all modules with the whole span."""
-
-    def __init__(self, base: Any, span: Span, hop: Span, enters_late: bool) -> None:
-        local = Span(hop.start - span.start, hop.end - span.start)
-        name, blocks = find_blocks(base, len(span))
-        first, *rest = list(blocks)[local.start : local.end]
-        self.entry = _Entry(first) if enters_late else None
-        self._blocks = dict(zip(hop, [first, *rest], strict=True))
-        self.base = parent = _copy_shallowly(base)
-        for step in name.split(".")[:-1]:
-            child = _copy_shallowly(getattr(parent, step))
-            setattr(parent, step, child)
-            parent = child
-        replace_blocks(self.base, len(span), local, [self.entry or first, *rest])
-
-    @contextlib.contextmanager
-    def dropout(self, seed: int) -> Iterator[None]:
-        """Train mode, with a random state for each block that follows from the seed and the block's index."""
-
-        def reseed(index: int) -> Any:
-            digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
-
-            def hook(*_: Any) -> None:
-                torch.manual_seed(int.from_bytes(digest[:7], "big"))
-
-            return hook
-
-        hooks = [block.register_forward_pre_hook(reseed(index)) for index, block in self._blocks.items()]
-        try:
-            with torch.random.fork_rng():
-                self.base.train()
-                yield
-        finally:
-            self.base.eval()
-            for hook in hooks:
-                hook.remove()
-
-
-class _Entry(nn.Module):
-    """Stands for the first block where the base model changes what it is given (a scale, say) before that gets there."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-        self.given: Tensor | None = None
-
-    def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
-        return self.block(self.given, *args, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("block"), name)
-
-
-class _Nothing(nn.Module):
-    """Stands where a norm or all that embeds tokens was, and returns the hidden states that it is given; or where a table of
-    positions was, and returns zero whatever it is asked."""
-
-    def __init__(self, replaced: nn.Module) -> None:
-        super().__init__()
-        self._replaced = (replaced,)  # in a tuple, so that it is none of the model's modules
-        self._is_table = isinstance(replaced, nn.Embedding)
-
-    def forward(self, *args: Any, **options: Any) -> Any:
-        given = [value for value in (*args, *options.values()) if isinstance(value, Tensor)]
-        hidden = [tensor for tensor in given if tensor.is_floating_point() and tensor.ndim == 3]
-        if hidden and not self._is_table:
-            return hidden[0]
-        # Of the one type that takes no other with it when it is added.
-        return torch.zeros(1, 1, 1, dtype=torch.bool, device=given[0].device if given else None)
-
-    def __getattr__(self, name: str) -> Any:
-        """To code that only looks at it, it is what it replaced, whose weights are not in memory."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_replaced"][0], name)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal to the bit; broken weights (NaN) are for the caller of SpanModel to find."""
-    return one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())
-
-
-def _copy_shallowly(module: Any) -> Any:
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin
-
-
-def _keep_blocks(model: Any, num_blocks: int, span: Span) -> None:
-    """Leave of a causal LM only the blocks of the span, and tables of rotations; all else does nothing."""
-    base = model.base_model
-    _, blocks = find_blocks(base, num_blocks)
-    parents = replace_blocks(base, num_blocks, span, list(blocks)[span.start : span.end])
-    chain = [*parents, find_blocks(base, len(span))[1]]
-    for parent in dict.fromkeys([model, *parents]):
-        for name, child in list(parent.named_children()):
-            if all(child is not kept for kept in chain) and "rotary" not in name:
-                setattr(parent, name, _Nothing(child))
+        misfit = find_misfit(self, list(blocks), probe)
+        self._views.clear()  # of each block alone
+        return misfit

@@ -71,13 +71,14 @@ def tiny_config(model_type: str, **options: Any) -> Any:
 
 def _shrunk(default: PreTrainedConfig) -> dict[str, Any]:
     """Fields to make a small config of the same class with."""
-    stored = default.to_dict()
-    count = next((value for name in ("num_hidden_layers", "num_layers", "n_layer") if (value := stored.get(name))), 0)
+    written = default.to_dict()
+    fields = type(default).__dataclass_fields__
+    stored = {name: written.get(default.attribute_map.get(name, name)) for name in [*fields, "per_layer_config"]}
+    count = int(getattr(default, "num_hidden_layers", 0))
     blocks = _chosen_blocks(stored, count)
     small: dict[str, Any] = {}
-    for name, field in type(default).__dataclass_fields__.items():
-        value = stored.get(default.attribute_map.get(name, name))
-        kept = default.__dict__.get(name)
+    for name, field in fields.items():
+        value, kept = stored[name], default.__dict__.get(name)
         if isinstance(kept, PreTrainedConfig):
             small[name] = type(kept)(**_shrunk(kept))
         elif isinstance(value, Mapping):
@@ -90,7 +91,7 @@ def _shrunk(default: PreTrainedConfig) -> dict[str, Any]:
             small[name] = True
         elif isinstance(value, int) and not isinstance(value, bool):
             small[name] = _size_among(stored, name)
-    if "per_layer_config" in stored:
+    if stored["per_layer_config"]:
         small["per_layer_config"] = {
             place: {name: _size_among(own, name) for name in own}
             for place, block in enumerate(blocks)
@@ -108,7 +109,7 @@ def _size_among(stored: Mapping[str, Any], name: str) -> int:
 def _size(name: str, value: int) -> int:
     for pattern, size in _SIZES:
         if re.fullmatch(pattern, name):
-            return min(value, size)
+            return size if size == NUM_BLOCKS and "layer" in name else min(value, size)
     return HIDDEN if value > BIG else value
 
 
