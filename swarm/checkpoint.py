@@ -328,15 +328,15 @@ def _find_block_keys(
 ) -> tuple[tuple[str, ...], ...]:
     """Keys of each block: those under the one stem ("model.layers.") that has every index from 0 to num_blocks - 1.
 
-    Only when several stems do, the model is built without memory to see which of them the blocks are.
+    Only when none or several do, the model is built without memory to see which of them the blocks are.
     """
     found: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     for key in keys:
         if match := NUMBERED.search(key):
             found[key[: match.start(1)]][int(match[1])].append(key)
     complete = [stem for stem, blocks in found.items() if all(index in blocks for index in range(num_blocks))]
-    if len(complete) > 1:
-        full, relative = meta_names()
+    if len(complete) != 1:
+        full, relative = meta_names()  # raises if the model has no such list of blocks
         ranks = [
             [stem for stem in complete if fits(stem)]
             for fits in (full.__eq__, relative.__eq__, lambda s: s.endswith("." + relative))

@@ -24,7 +24,6 @@ from swarm.decoder import (
     replace_blocks,
 )
 from swarm.errors import BadRequest, UserError
-from swarm.span import Span
 from swarm.terminal import quiet_libraries
 
 
@@ -42,7 +41,7 @@ class Ends:
         def cut(model: Any) -> None:
             _, blocks = find_blocks(model.base_model, checkpoint.num_blocks)
             relays.append(_Relay(blocks[0]))
-            replace_blocks(model.base_model, checkpoint.num_blocks, Span(0, 1), relays)
+            replace_blocks(model.base_model, checkpoint.num_blocks, [0], relays)
 
         self.module: Any = build_model(config, checkpoint.load_ends(), dtype=dtype, cut=cut, name=checkpoint.name)
         self.module.to(device)
@@ -60,7 +59,9 @@ class Ends:
             except LIBRARY_ERRORS as error:
                 misfit = f"it does not run without its blocks ({(str(error).splitlines() or [type(error).__name__])[0][:160]})"
             if misfit is not None:
-                raise UserError(f"{checkpoint.name} ({config.model_type}) cannot be served: {misfit}; choose another model")
+                raise UserError(
+                    f"{checkpoint.name} ({config.model_type}) cannot be served: {misfit}; choose another model"
+                )
             self._norm = self._find_norm(probe)
             self._embeds_directly = self._may_embed_directly()
 
@@ -141,10 +142,10 @@ class Ends:
 
     def _catch(self, given: Tensor, options: dict[str, Any]) -> Tensor:
         self._relay.injected = None
+        # Some families change embeddings in place.
+        tokens = {"input_ids": given} if given.dtype == torch.long else {"inputs_embeds": given.clone()}
         try:
-            self._base(
-                use_cache=False, **{"input_ids" if given.dtype == torch.long else "inputs_embeds": given}, **options
-            )
+            self._base(use_cache=False, **tokens, **options)
         except _Caught as caught:
             return caught.hidden
         raise UserError("this model does not run its blocks one after another; it cannot be served")
@@ -178,7 +179,7 @@ class Ends:
 
     def _find_misfit(self, probe: Tensor) -> str | None:
         """Why this family's ends cannot be told from its blocks; None if they can."""
-        padding = self.module.config.pad_token_id
+        padding = getattr(self.module.config, "pad_token_id", None)
         ids = torch.tensor([[i % self.vocab_size for i in range(6) if i != padding][:5]], device=self.device)
         embedded = self.embed(ids)
         if embedded.ndim != 3:
@@ -188,7 +189,7 @@ class Ends:
         if not self._may_embed_in_parts(ids, embedded):
             return "tokens cannot be embedded at a given position"
         if not torch.equal(self.embed_whole(ids), embedded):
-            return "its positions do not count from 0"
+            return "it does not count positions from 0, as generate() does"
         return None
 
     def _find_shape_of_block_outputs(self, probe: Tensor) -> bool:

@@ -19,7 +19,7 @@ def keep_blocks(model: Any, num_blocks: int, span: Span) -> None:
     """Leave of a causal LM only the blocks of the span, and tables of rotations; all else does nothing."""
     base = model.base_model
     _, blocks = find_blocks(base, num_blocks)
-    parents = replace_blocks(base, num_blocks, span, list(blocks)[span.start : span.end])
+    parents = replace_blocks(base, num_blocks, list(span), list(blocks)[span.start : span.end])
     chain = [*parents, find_blocks(base, len(span))[1]]
     for parent in dict.fromkeys([model, *parents]):
         for name, child in list(parent.named_children()):
@@ -30,18 +30,19 @@ def keep_blocks(model: Any, num_blocks: int, span: Span) -> None:
 class HopView:
     """The model of only a hop's blocks; it shares all modules with the whole span."""
 
-    def __init__(self, base: Any, span: Span, hop: Span, enters_late: bool) -> None:
-        local = Span(hop.start - span.start, hop.end - span.start)
+    def __init__(self, base: Any, span: Span, hop: Span, enters_late: bool, *, times: int = 1) -> None:
+        """times: how often the hop's blocks come one after another. If more than once, they have no cache to use."""
         name, blocks = find_blocks(base, len(span))
-        first, *rest = list(blocks)[local.start : local.end]
+        places = [index - span.start for index in hop] * times
+        first, *rest = [blocks[place] for place in places]
         self.entry = _Entry(first) if enters_late else None
-        self._blocks = dict(zip(hop, [first, *rest], strict=True))
+        self._blocks = {index: blocks[index - span.start] for index in hop}
         self.base = parent = _copy_shallowly(base)
         for step in name.split(".")[:-1]:
             child = _copy_shallowly(getattr(parent, step))
             setattr(parent, step, child)
             parent = child
-        replace_blocks(self.base, len(span), local, [self.entry or first, *rest])
+        replace_blocks(self.base, len(span), places, [self.entry or first, *rest])
 
     @contextlib.contextmanager
     def dropout(self, seed: int) -> Iterator[None]:

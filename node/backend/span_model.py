@@ -23,6 +23,7 @@ from swarm.decoder import (
     BlockSource,
     build_model,
     find_blocks,
+    longest_text,
     refuse_unfit,
     renumber,
 )
@@ -50,6 +51,7 @@ class SpanModel:
         refuse_unfit(checkpoint.config, checkpoint.name)
         self.span, self.dtype, self.device = span, dtype, torch.device(device)
         self.hidden_size = int(checkpoint.config.hidden_size)
+        self._longest_text = longest_text(checkpoint.config)
         tensors = checkpoint.load_blocks(span) if state_dict is None else state_dict
         renamed = renumber(tensors, span.start)
         tensors.clear()
@@ -111,12 +113,16 @@ class SpanModel:
         """
         self._check(hidden_BTH, mask)
         batch, num_new = hidden_BTH.shape[:2]
+        if self._longest_text is not None and cache.num_tokens + num_new > self._longest_text:
+            raise BadRequest(
+                f"a text of this model may have {self._longest_text} tokens in a session: its rotary tables (longrope) are others for longer ones"
+            )
         view = self._view_of(cache.hop)
         with torch.inference_mode(), self._autocast():
             attention_mask, positions = cache.extend_mask(mask, batch, num_new)
             hidden_BTH = hidden_BTH.to(self.device)
             if view.entry is not None:
-                view.entry.given = hidden_BTH
+                view.entry.given, hidden_BTH = hidden_BTH, hidden_BTH.clone()  # some change it in place
             options: dict[str, Any] = {"position_ids": positions.to(self.device)} if self._takes_positions else {}
             output: Tensor = view.base(
                 inputs_embeds=hidden_BTH,
@@ -151,7 +157,7 @@ class SpanModel:
             options["position_ids"] = positions.to(self.device)
         hidden_BTH = hidden_BTH.to(self.device)
         if view.entry is not None:
-            view.entry.given = hidden_BTH
+            view.entry.given, hidden_BTH = hidden_BTH, hidden_BTH.clone()  # some change it in place
         with self._autocast(), contextlib.nullcontext() if dropout_seed is None else view.dropout(dropout_seed):
             output: Tensor = view.base(
                 inputs_embeds=hidden_BTH,
@@ -210,14 +216,24 @@ class SpanModel:
             self._views[hop] = HopView(self._base, self.span, hop, self._enters_late)
         return self._views[hop]
 
+    def run_twice(self, hidden_BTH: Tensor) -> Tensor:
+        """What comes out, [B, T, H], if the span's blocks come twice: of no use but to see what is between blocks."""
+        view = HopView(self._base, self.span, self.span, self._enters_late, times=2)
+        if view.entry is not None:
+            view.entry.given = hidden_BTH.to(self.device)
+        output: Tensor = view.base(inputs_embeds=hidden_BTH.to(self.device), use_cache=False)[0]
+        return output.to("cpu")
+
     def _find_misfit(self) -> str | None:
         """Why this family's blocks, run one after another, are not the model; None if they are. Tried on random hidden states."""
-        _, blocks = find_blocks(self._base, len(self.span))
-        probe = probe_of(self)
-        (first, *_), _, _ = trace(self, list(blocks), probe)
-        if not same(first.given, probe):
+        blocks, probe = list(find_blocks(self._base, len(self.span))[1]), probe_of(self)
+        cache = self.new_cache(self.span)
+        traced = trace(blocks, lambda hidden: self.forward(hidden, cache), probe)
+        if not same(traced[0][0].given, probe):
             self._enters_late = True
             self._views.clear()
-        misfit = find_misfit(self, list(blocks), probe)
+            cache = self.new_cache(self.span)
+            traced = trace(blocks, lambda hidden: self.forward(hidden, cache), probe)
+        misfit = find_misfit(self, blocks, probe, cache, traced)
         self._views.clear()  # of each block alone
         return misfit

@@ -18,8 +18,19 @@ WINDOW = 8
 BIG = 64
 """Whatever no rule knows and is larger becomes HIDDEN."""
 
+# What a type needs to have a default config at all.
+NEEDED: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text",
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+        }
+    }
+}
 # What the rules below cannot guess, by model type.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "big_bird": {"attention_type": "original_full"},  # else it is no decoder
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "rope_parameters": {
@@ -31,6 +42,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], NUM_BLOCKS // 2]]},
     "hrm_text": {"num_hidden_layers": 1, "num_layers_per_stack": None},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "attn_layers": ["local", "lsh"] * 2},
     "xmod": {"default_language": "en_XX"},
 }
 
@@ -40,7 +52,7 @@ _SIZES: list[tuple[str, int]] = [
     (r"bos_token_id", 1),
     (r".*token_id", 2),
     (r".*vocab.*", 288),
-    (r"num_hidden_layers|n_layers?|num_layers|decoder_layers|encoder_layers", NUM_BLOCKS),
+    (r"num_hidden_layers|n_layers?|num_layers|decoder_layers|encoder_layers|num_blocks", NUM_BLOCKS),
     (r".*(kv_heads|key_value_heads)", KV_HEADS),
     (r"qk_head_dim", 2 * HEAD_DIM),
     (r".*(head_dim|d_head|head_size|headdim|dim_head|kv_channels)", HEAD_DIM),
@@ -51,7 +63,7 @@ _SIZES: list[tuple[str, int]] = [
     (r".*experts?(_num)?", 4),
     (r"n_group|num_expert_group|n_groups|o_groups|max_window_layers", 2),
     (r".*(rank|multiple_of|multiple_size)", 8),
-    (r".*(window|chunk|topk_blocks|block_size|local_attention).*", WINDOW),
+    (r".*(floor|window|chunk|topk_blocks|block_size|local_attention).*", WINDOW),
     (r".*(position|n_ctx|seq_len|max_length|context_length).*", 256),
     (r".*(intermediate|ffn|d_inner|dff|feed_forward|_ff).*", 2 * HIDDEN),
     (r".*(hidden|d_model|embd|embed|emb_dim|dim|size|width|scalar).*", HIDDEN),
@@ -60,12 +72,17 @@ _SIZES: list[tuple[str, int]] = [
 _NEEDED = r"head_dim|.*(key_value_heads|experts|experts_per_tok|topk|top_k)"
 
 
+def default_config(model_type: str) -> Any:
+    """The config that a type has when nothing is said about it."""
+    return CONFIG_MAPPING[model_type](**NEEDED.get(model_type, {}))
+
+
 def tiny_config(model_type: str, **options: Any) -> Any:
     """The smallest useful config of a type: NUM_BLOCKS blocks, among which is each kind of block that the default config has.
 
     options: fields that are to have another value. Raises what the type's config class raises where there is no such config.
     """
-    default = CONFIG_MAPPING[model_type]()
+    default = default_config(model_type)
     return type(default)(**{**_shrunk(default), **OVERRIDES.get(model_type, {}), **options})
 
 
@@ -87,8 +104,6 @@ def _shrunk(default: PreTrainedConfig) -> dict[str, Any]:
             small[name] = _per_block(value, count, blocks)
         elif value is None and "int" in str(field.type) and re.fullmatch(_NEEDED, name):
             small[name] = _size(name, BIG)
-        elif name == "is_decoder":
-            small[name] = True
         elif isinstance(value, int) and not isinstance(value, bool):
             small[name] = _size_among(stored, name)
     if stored["per_layer_config"]:
@@ -142,7 +157,7 @@ def _shrunk_rotations(tables: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(value, list):
             small[name] = value[: HEAD_DIM // 2]
         elif isinstance(value, int) and "position" in name:
-            small[name] = min(value, BIG)
+            small[name] = min(value, WINDOW)
         else:
             small[name] = value
     return small
