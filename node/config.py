@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from swarm.errors import UserError
+from swarm.numeric_class import NUMERIC_CLASSES
 from swarm.span import Span
 from swarm.training.member_config import LEAST_DONOR_MIB_PER_S, MembershipConfig
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = tuple(NUMERIC_CLASSES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,7 @@ class NodeConfig:
     """Nobody can reach this node directly; the initial peers relay connections to it."""
     identity: Path | None = None
     precision: str = "fp32"
+    """Numeric class of what is served: see swarm/numeric_class.py. A run computes in what its rules say."""
     device: str = "cpu"
     threads: int | None = None
     """Threads of the device. None: measured at start."""

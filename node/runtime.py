@@ -17,18 +17,18 @@ from typing import TypeVar
 import psutil
 
 from node.announcer import Announcer
+from node.backend.step_engine import StepEngine
 from node.config import NodeConfig
 from node.executor import Executor
-from node.kv_cache import SessionTable, session_limits_of
-from node.microbatches import Microbatches, microbatch_limits_of
 from node.placement import block_rates, blocks_that_fit, choose_span, must_yield
-from node.service import NodeService
-from node.shard import DTYPES, Shard, load_shard
+from node.serving import load_engine, serve_shard
+from node.shard import Shard, load_shard
 from node.throughput import Throughput, measure_throughput
 from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.ending import cancelled
 from swarm.errors import SwarmError, UserError
 from swarm.messages import NODE_PROTOCOL, PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
+from swarm.numeric_class import NUMERIC_CLASSES
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host, HostConfig, running_host
 from swarm.records import ShardRecord, ShardState
@@ -65,10 +65,8 @@ class Node:
 
             checkpoint = await self._open_checkpoint(directory)
             announcer = await self._claim_span(host, directory, checkpoint)
-            shard, throughput = await self._load(checkpoint, announcer.record.span)
-            sessions = SessionTable(session_limits_of(config), shard.cache_bytes_per_token)
-            microbatches = Microbatches(shard, self._executor, microbatch_limits_of(config))
-            service = NodeService(shard, checkpoint.name, self._executor, sessions, microbatches)
+            shard, engine, throughput = await self._load(checkpoint, announcer.record.span)
+            service = serve_shard(shard, checkpoint.name, engine, self._executor, config, throughput)
             await host.serve(NODE_PROTOCOL, service.handle)
 
             await announcer.announce(
@@ -146,10 +144,8 @@ class Node:
         length = self.config.num_blocks
         if length is None:
             budget = self.config.max_memory_bytes or int(0.6 * psutil.virtual_memory().available)
-            sizes = [
-                checkpoint.block_bytes(Span(b, b + 1), DTYPES[self.config.precision].itemsize)
-                for b in range(num_blocks)
-            ]
+            width = NUMERIC_CLASSES[self.config.precision].bytes_per_parameter
+            sizes = [checkpoint.block_bytes(Span(b, b + 1), width) for b in range(num_blocks)]
             length = blocks_that_fit(sizes, budget - self.config.cache_bytes)
             if length == 0:
                 raise UserError(
@@ -160,13 +156,13 @@ class Node:
             raise UserError(f"--num-blocks {length}: {checkpoint.name} has {num_blocks} blocks")
         return choose_span(block_rates(others, num_blocks), length)
 
-    async def _load(self, checkpoint: Checkpoint, span: Span) -> tuple[Shard, Throughput]:
+    async def _load(self, checkpoint: Checkpoint, span: Span) -> tuple[Shard, StepEngine, Throughput]:
         log.info("loading model=%s span=%s source=%s", checkpoint.name, span, checkpoint.source)
         config = self.config
 
-        def load() -> tuple[Shard, Throughput]:
+        def load() -> tuple[Shard, StepEngine, Throughput]:
             shard = load_shard(checkpoint, span, precision=config.precision, device=config.device)
-            return shard, measure_throughput(shard.model, config.threads)
+            return shard, load_engine(shard, config), measure_throughput(shard.model, config.threads)
 
         return await self._on_device(load)
 

@@ -12,8 +12,6 @@ from swarm.errors import UserError
 from swarm.span import Span
 from swarm.training.run_model import RunModel
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -25,7 +23,7 @@ class Shard:
     block_digests: tuple[bytes, ...]
     numeric_class: str
     cache_bytes_per_token: int
-    """Of one batch row and one block."""
+    """Of one row, in all blocks, with what came out of the last."""
 
     @property
     def hidden_size(self) -> int:
@@ -37,20 +35,18 @@ class Shard:
 
 
 def load_shard(checkpoint: Checkpoint | RunModel, span: Span, *, precision: str, device: str) -> Shard:
-    """Load, hash and self-check. UserError if the span does not exist or the weights do not compute."""
+    """Load in the numeric class `precision`, hash and self-check. UserError if the span does not exist or the weights do not compute."""
     if span.end > checkpoint.num_blocks:
         raise UserError(
             f"blocks {span} do not exist: {checkpoint.name} has {checkpoint.num_blocks} blocks (0:{checkpoint.num_blocks})"
         )
     tensors = checkpoint.load_blocks(span)
     digests = tuple(checkpoint.digest_blocks(span, tensors))
-    model = SpanModel(checkpoint, span, dtype=DTYPES[precision], device=device, state_dict=tensors)
-    return checked_shard(checkpoint, model, digests, precision)
+    model = SpanModel(checkpoint, span, numeric_class=precision, device=device, state_dict=tensors)
+    return checked_shard(checkpoint, model, digests)
 
 
-def checked_shard(
-    checkpoint: Checkpoint | RunModel, model: SpanModel, digests: tuple[bytes, ...], precision: str
-) -> Shard:
+def checked_shard(checkpoint: Checkpoint | RunModel, model: SpanModel, digests: tuple[bytes, ...]) -> Shard:
     """Of blocks that are loaded, with the digest of each. UserError if their weights do not compute."""
     _self_check(model, checkpoint.name)
     return Shard(
@@ -58,8 +54,9 @@ def checked_shard(
         span=model.span,
         model_digest=checkpoint.spec.digest,
         block_digests=digests,
-        numeric_class=precision,
-        cache_bytes_per_token=model.cache_bytes_per_token(),
+        numeric_class=model.numeric_class,
+        cache_bytes_per_token=model.cache_bytes_per_token() * len(model.span)
+        + model.hidden_size * model.dtype.itemsize,
     )
 
 

@@ -24,6 +24,7 @@ from swarm.decoder import (
     replace_blocks,
 )
 from swarm.errors import BadRequest, UserError
+from swarm.fast_head import FastHead
 from swarm.terminal import quiet_libraries
 
 
@@ -64,6 +65,12 @@ class Ends:
                 )
             self._norm = self._find_norm(probe)
             self._embeds_directly = self._may_embed_directly()
+
+    def quicken_head(self, numeric_class: str) -> None:
+        """Let the head compute in "bf16" or "int8" where nothing is trained, at the cost of weights of its own for that; "fp32": no."""
+        head = self.lm_head
+        if numeric_class != "fp32" and type(head) is nn.Linear and self.dtype == torch.float32:
+            self._fast_head = FastHead(head, numeric_class)
 
     @property
     def device(self) -> torch.device:

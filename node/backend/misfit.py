@@ -129,7 +129,7 @@ def _kind_of(block: nn.Module, index: int) -> str:
         (name, type(module), key, value)
         for name, module in block.named_modules()
         for key, value in vars(module).items()
-        if isinstance(value, (str, int, float, type(None))) and not (value == index and key.endswith(_INDEX_NAMES))
+        if isinstance(value, (str, int, type(None))) and not (value == index and key.endswith(_INDEX_NAMES))
     ]
     return repr((options, [(name, parameter.shape) for name, parameter in block.named_parameters()]))
 

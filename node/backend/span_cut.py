@@ -43,6 +43,21 @@ class HopView:
             setattr(parent, step, child)
             parent = child
         replace_blocks(self.base, len(span), places, [self.entry or first, *rest])
+        found = {id(config): config for m in self.base.modules() if (config := getattr(m, "config", None)) is not None}
+        self.configs: list[Any] = list(found.values())
+        """Of the base and the blocks: their options are read from these in each forward."""
+
+    def __call__(self, hidden_BTH: Tensor, *, mask: Tensor | None, positions: Tensor | None, cache: Any) -> Tensor:
+        """The hidden states after the last block, [B, T, H]. mask: [B, past + T]; positions: [1 or B, T]; what is None is not said."""
+        if self.entry is not None:
+            self.entry.given, hidden_BTH = hidden_BTH, hidden_BTH.clone()  # some families change it in place
+        options: dict[str, Any] = {} if positions is None else {"position_ids": positions}
+        if cache is not None:
+            options["past_key_values"] = cache
+        output: Tensor = self.base(
+            inputs_embeds=hidden_BTH, attention_mask=mask, use_cache=cache is not None, **options
+        )[0]
+        return output
 
     @contextlib.contextmanager
     def dropout(self, seed: int) -> Iterator[None]:

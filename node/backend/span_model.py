@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from node.backend.linear_swap import activation_dtype, frozen_linears
 from node.backend.misfit import find_misfit, probe_of, same, trace
 from node.backend.span_cache import SpanCache
 from node.backend.span_cut import HopView, keep_blocks
@@ -43,13 +44,19 @@ class SpanModel:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         state_dict: dict[str, Tensor] | None = None,
+        numeric_class: str | None = None,
     ) -> None:
         """state_dict: what checkpoint.load_blocks(span) returns, if the caller has it already; emptied here to save memory.
 
+        numeric_class: of a model whose weights never change: its linears are made for that, and dtype follows. None: all modules are
+        transformers' own, with weights in dtype.
         Raises UserError for a model that cannot be served in spans, with the reason.
         """
         refuse_unfit(checkpoint.config, checkpoint.name)
+        if numeric_class is not None:
+            dtype = activation_dtype(numeric_class)
         self.span, self.dtype, self.device = span, dtype, torch.device(device)
+        self.numeric_class = numeric_class or ("fp32" if dtype == torch.float32 else "bf16")
         self.hidden_size = int(checkpoint.config.hidden_size)
         self._longest_text = longest_text(checkpoint.config)
         tensors = checkpoint.load_blocks(span) if state_dict is None else state_dict
@@ -58,12 +65,18 @@ class SpanModel:
         config = copy.deepcopy(checkpoint.config)
         config.tie_word_embeddings = False
 
+        linears = None if numeric_class is None else frozen_linears(numeric_class, self.device)
+
         def cut(model: Any) -> None:
             keep_blocks(model, checkpoint.num_blocks, span)
+            if linears is not None:
+                linears.take(model, renamed)
 
         model = build_model(config, renamed, dtype=dtype, cut=cut, name=checkpoint.name)
+        if linears is not None:
+            linears.put(model)
         self._base = model.base_model.requires_grad_(False).to(self.device)
-        self._takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
+        self.takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
         self.autocast_dtype: torch.dtype | None = None
         """What autocast computes in, over float32 weights that are trained. None: no autocast."""
         self._enters_late = False  # whether the base model changes hidden states on their way to the first block
@@ -98,6 +111,7 @@ class SpanModel:
         self._weight_places = {
             tensor.untyped_storage().data_ptr()
             for tensor in itertools.chain(self._base.parameters(), self._base.buffers())
+            if not tensor.is_mkldnn  # a PrepackedLinear's, which no graph holds and which tells nobody where it is
         }
 
     def new_cache(self, hop: Span) -> SpanCache:
@@ -117,20 +131,15 @@ class SpanModel:
             raise BadRequest(
                 f"a text of this model may have {self._longest_text} tokens in a session: its rotary tables (longrope) are others for longer ones"
             )
-        view = self._view_of(cache.hop)
+        view = self.view_of(cache.hop)
         with torch.inference_mode(), self._autocast():
             attention_mask, positions = cache.extend_mask(mask, batch, num_new)
-            hidden_BTH = hidden_BTH.to(self.device)
-            if view.entry is not None:
-                view.entry.given, hidden_BTH = hidden_BTH, hidden_BTH.clone()  # some change it in place
-            options: dict[str, Any] = {"position_ids": positions.to(self.device)} if self._takes_positions else {}
-            output: Tensor = view.base(
-                inputs_embeds=hidden_BTH,
-                attention_mask=None if attention_mask is None else attention_mask.to(self.device),
-                past_key_values=cache.layers,
-                use_cache=True,
-                **options,
-            )[0]
+            output = view(
+                hidden_BTH.to(self.device),
+                mask=None if attention_mask is None else attention_mask.to(self.device),
+                positions=positions.to(self.device) if self.takes_positions else None,
+                cache=cache.layers,
+            )
         cache.num_tokens += num_new
         return output.to("cpu")
 
@@ -149,22 +158,16 @@ class SpanModel:
         dropout, which follows from the seed and the block's index alone, however the blocks are spread over hops.
         """
         self._check(hidden_BTH, mask)
-        view = self._view_of(hop)
-        options: dict[str, Any] = {}
-        if positions is not None:
-            if not self._takes_positions:
-                raise BadRequest("this model takes no position ids: it counts by the mask")
-            options["position_ids"] = positions.to(self.device)
-        hidden_BTH = hidden_BTH.to(self.device)
-        if view.entry is not None:
-            view.entry.given, hidden_BTH = hidden_BTH, hidden_BTH.clone()  # some change it in place
+        view = self.view_of(hop)
+        if positions is not None and not self.takes_positions:
+            raise BadRequest("this model takes no position ids: it counts by the mask")
         with self._autocast(), contextlib.nullcontext() if dropout_seed is None else view.dropout(dropout_seed):
-            output: Tensor = view.base(
-                inputs_embeds=hidden_BTH,
-                attention_mask=None if mask is None else mask.long().to(self.device),
-                use_cache=False,
-                **options,
-            )[0]
+            output = view(
+                hidden_BTH.to(self.device),
+                mask=None if mask is None else mask.long().to(self.device),
+                positions=None if positions is None else positions.to(self.device),
+                cache=None,
+            )
         return output.to("cpu")
 
     def differentiable(
@@ -211,7 +214,8 @@ class SpanModel:
         self.forward(torch.zeros(1, 8, self.hidden_size, dtype=self.dtype), cache)
         return -(-cache.num_bytes // (8 * len(self.span)))
 
-    def _view_of(self, hop: Span) -> HopView:
+    def view_of(self, hop: Span) -> HopView:
+        """The model of only a hop's blocks."""
         if hop not in self._views:
             self._views[hop] = HopView(self._base, self.span, hop, self._enters_late)
         return self._views[hop]
@@ -219,10 +223,7 @@ class SpanModel:
     def run_twice(self, hidden_BTH: Tensor) -> Tensor:
         """What comes out, [B, T, H], if the span's blocks come twice: of no use but to see what is between blocks."""
         view = HopView(self._base, self.span, self.span, self._enters_late, times=2)
-        if view.entry is not None:
-            view.entry.given = hidden_BTH.to(self.device)
-        output: Tensor = view.base(inputs_embeds=hidden_BTH.to(self.device), use_cache=False)[0]
-        return output.to("cpu")
+        return view(hidden_BTH.to(self.device), mask=None, positions=None, cache=None).to("cpu")
 
     def _find_misfit(self) -> str | None:
         """Why this family's blocks, run one after another, are not the model; None if they are. Tried on random hidden states."""

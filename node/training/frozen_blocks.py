@@ -9,7 +9,7 @@ import torch
 
 from node.backend.adapter import attach
 from node.backend.span_model import SpanModel
-from node.shard import DTYPES, Shard, checked_shard
+from node.shard import Shard, checked_shard
 from node.training.stage_model import hold_casts, load_stage_model
 from swarm.decoder import BlockSource
 from swarm.model_spec import config_digest
@@ -33,18 +33,18 @@ class FrozenBlocks:
         source: where to load from what is not here yet. Raises UserError if that is not what the spec names.
         """
         is_autocast = spec.precision is Precision.BF16
-        return self._shared(spec, stage, device, torch.float32, is_autocast, source)
+        return self._shared(spec, stage, device, None, is_autocast, source)
 
-    def for_sessions(self, spec: RunSpec, stage: int, device: str, dtype: torch.dtype) -> SpanModel:
-        """The same, computing in dtype throughout."""
-        return self._shared(spec, stage, device, dtype, False, None)
+    def for_sessions(self, spec: RunSpec, stage: int, device: str, numeric_class: str) -> SpanModel:
+        """The same, computing in one class throughout. In fp32 with the very weights that training in fp32 has."""
+        return self._shared(spec, stage, device, None if numeric_class == "fp32" else numeric_class, False, None)
 
     def adapted_shard(self, model: RunModel, layout: AdapterLayout, stage: int, precision: str, device: str) -> Shard:
         """The blocks of a stage with the adapters of a place, which nobody changes any more."""
-        blocks = self.for_sessions(layout.spec, stage, device, DTYPES[precision])
+        blocks = self.for_sessions(layout.spec, stage, device, precision)
         tensors = model.load_blocks(blocks.span)
         attach(blocks, layout, stage, tensors)
-        return checked_shard(model, blocks, tuple(model.digest_blocks(blocks.span, tensors)), precision)
+        return checked_shard(model, blocks, tuple(model.digest_blocks(blocks.span, tensors)))
 
     def stages_here(self, spec: RunSpec) -> set[int]:
         """The stages of an adapter run whose blocks are here already."""
@@ -54,14 +54,22 @@ class FrozenBlocks:
         return {stage for stage, span in enumerate(spec.stages) if (spec.initial_digests[stage], span) in loaded}
 
     def _shared(
-        self, spec: RunSpec, stage: int, device: str, dtype: torch.dtype, is_autocast: bool, source: BlockSource | None
+        self,
+        spec: RunSpec,
+        stage: int,
+        device: str,
+        numeric_class: str | None,
+        is_autocast: bool,
+        source: BlockSource | None,
     ) -> SpanModel:
+        """numeric_class: None for plain modules in float32."""
         digest, span = spec.initial_digests[stage], spec.stages[stage]
         # The digest names the weights, the config what is computed with them.
-        key = (digest, config_digest(spec.config), span, spec.dropout, device, dtype, is_autocast)
+        key = (digest, config_digest(spec.config), span, spec.dropout, device, numeric_class, is_autocast)
         model = self._models.get(key)
         if model is None:
-            model = load_stage_model(source or open_initial_weights(spec), spec, stage, dtype=dtype, device=device)
+            source = source or open_initial_weights(spec)
+            model = load_stage_model(source, spec, stage, device=device, numeric_class=numeric_class)
             if is_autocast:
                 _hold_casts(model)
             self._models[key] = model

@@ -45,7 +45,7 @@ class TrainableStage:
         """
         self.span = spec.stages[stage]
         if spec.lora is None:
-            self.model = load_stage_model(source, spec, stage, dtype=torch.float32, device=device)
+            self.model = load_stage_model(source, spec, stage, device=device)
             named = dict(self.model.named_parameters())
         else:
             self.model = (frozen or FrozenBlocks()).for_training(spec, stage, device, source)

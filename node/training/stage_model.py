@@ -20,12 +20,15 @@ _DROPOUT_KEY = re.compile(r"(.*_)?(dropout|pdrop|dropout_prob)")
 _VIEWING_NODES = {"PermuteBackward0", "TBackward0", "TransposeBackward0", "UnsafeViewBackward0", "ViewBackward0"}
 
 
-def load_stage_model(source: BlockSource, spec: RunSpec, stage: int, *, dtype: torch.dtype, device: str) -> SpanModel:
-    """With the run's dropout. Raises UserError if the weights are not those that the spec names."""
+def load_stage_model(
+    source: BlockSource, spec: RunSpec, stage: int, *, device: str, numeric_class: str | None = None
+) -> SpanModel:
+    """With the run's dropout, in float32 (or in a class, if no weight is ever to change). Raises UserError if the weights are not those that the spec names."""
     span = spec.stages[stage]
     tensors = source.load_blocks(span)
     check_initial(spec, stage, tensors)
-    return SpanModel(_with_dropout(source, spec.dropout), span, dtype=dtype, device=device, state_dict=tensors)
+    cut = _with_dropout(source, spec.dropout)
+    return SpanModel(cut, span, device=device, state_dict=tensors, numeric_class=numeric_class)
 
 
 def hold_casts(

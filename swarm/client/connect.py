@@ -16,6 +16,7 @@ from swarm.client.run_client import open_run_model
 from swarm.client.session import Session
 from swarm.ends import Ends
 from swarm.errors import RouteBroken
+from swarm.numeric_class import head_class_for
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host, HostConfig, running_host
 from swarm.records import ShardRecord, ShardState
@@ -89,6 +90,9 @@ async def _open_served(directory: Directory, config: ClientConfig) -> tuple[Chec
 
     checkpoint, ends, expected = await asyncio.to_thread(load)
     namesakes = served if checkpoint.name == config.model else await _find_name(directory, config, checkpoint.name)
+    classes = {record.numeric_class for record in namesakes if record.state == ShardState.ONLINE}
+    head_class = head_class_for(classes) if config.precision == "auto" else config.precision
+    await asyncio.to_thread(ends.quicken_head, head_class)
     return checkpoint, ends, Router(directory, checkpoint.spec, expected, config, namesakes)
 
 

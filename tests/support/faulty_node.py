@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 import torch
 
-from node import microbatches, runtime, service
+from node import microbatches, runtime, service, serving
 from node.throughput import Throughput, measure_throughput
 from protos import node_pb2
 from swarm.messages import decode_message, encode_message
@@ -207,8 +207,8 @@ def main() -> None:
 
     global fault
     fault = Fault(Path(os.environ["FAULT_FILE"]), Path(os.environ["FAULT_TRACE"]))
-    runtime.NodeService = FaultyService  # type: ignore[misc]
-    runtime.Microbatches = FaultyMicrobatches  # type: ignore[misc]
+    serving.NodeService = FaultyService  # type: ignore[misc]
+    serving.Microbatches = FaultyMicrobatches  # type: ignore[misc]
     framing._HEADER = _LyingHeader  # type: ignore[assignment]
     host.FramedStream = LyingStream  # type: ignore[misc]
     announced = os.environ.get("ANNOUNCED_S_PER_BLOCK")

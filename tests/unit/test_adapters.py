@@ -154,7 +154,7 @@ def test_runs_with_the_same_blocks_share_their_weights_and_leave_them_as_they_ar
     other = dataclasses.replace(one, seed=9, weights="elsewhere", lora=LoraSettings(rank=2, target_modules=("q_proj",)))
     frozen = FrozenBlocks()
     stages = [stage_of(spec, 1, frozen) for spec in (one, other)]
-    served = frozen.for_sessions(other, 1, "cpu", torch.float32)
+    served = frozen.for_sessions(other, 1, "cpu", "fp32")
     plain = [dict(model.named_parameters()) for model in (stages[0].model, stages[1].model, served)]
     before = {name: tensor.clone() for name, tensor in plain[2].items()}
     for name, tensor in plain[2].items():
