@@ -128,7 +128,7 @@ def cli() -> None:
     help="How long others believe in this node after its last word.",
 )
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Where converted models are kept.")
-@log_level_option
+@log_level_option("info")
 def run(
     log_level: str, cache_mib: int, stash_mib: int, max_memory_mib: int | None, donor_mib: float, **flags: Any
 ) -> None:

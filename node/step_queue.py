@@ -44,7 +44,7 @@ def gathering_s(expected_returns: Sequence[float], now: float, batch_s: float) -
     time, batch_s; who is due later, or is late already, is not waited for.
     """
     longest_s = 0.2 * batch_s
-    due = [at - now for at in expected_returns if -0.5 * longest_s < at - now < longest_s]
+    due = [at - now for at in expected_returns if -0.25 * longest_s < at - now < longest_s]
     return min(max(due) + 0.25 * longest_s, longest_s) if due else 0.0
 
 

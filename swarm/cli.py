@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swarm.errors import SwarmError
-from swarm.flags import RunIdType, announce_option, configure_logging, initial_peers_option, listen_option
+from swarm.flags import (
+    RunIdType,
+    announce_option,
+    configure_logging,
+    initial_peers_option,
+    listen_option,
+    log_level_option,
+)
 from swarm.run_cli import run, run_options, show_status
 
 if TYPE_CHECKING:
@@ -61,12 +68,7 @@ def _client_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Bound on everything that is waited for.",
         ),
         click.option("--cache-dir", type=click.Path(path_type=Path), help="Where converted models are kept."),
-        click.option(
-            "--log-level",
-            type=click.Choice(["debug", "info", "warning", "error"]),
-            default="warning",
-            show_default=True,
-        ),
+        log_level_option("warning"),
     ]
     for option in reversed(options):
         command = option(command)
@@ -157,9 +159,7 @@ def chat(max_length: int, system_prompt: str | None, follow: bool, **flags: Any)
     "--timeout", "timeout_s", type=click.FloatRange(min=0.1), default=15.0, show_default=True, metavar="SECONDS"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option(
-    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning", show_default=True
-)
+@log_level_option("warning")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Where runs are kept.")
 def status(
     initial_peers: tuple[str, ...],
@@ -219,9 +219,7 @@ def status(
 @announce_option
 @click.option("--identity", type=click.Path(path_type=Path), help="File with this trainer's key; made if missing.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Where runs are kept.")
-@click.option(
-    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning", show_default=True
-)
+@log_level_option("warning")
 def train(
     log_level: str, log_file: Path | None, tensorboard: Path | None, as_json: bool, num_workers: int, **flags: Any
 ) -> None:

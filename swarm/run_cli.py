@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from swarm.flags import RunIdType, configure_logging, initial_peers_option
+from swarm.flags import RunIdType, configure_logging, initial_peers_option, log_level_option
 
 
 def run_options(*, peers_required: bool, timeout_s: float = 15.0) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -28,12 +28,7 @@ def run_options(*, peers_required: bool, timeout_s: float = 15.0) -> Callable[[C
             help="Bound on joining the swarm, and on its answer.",
         ),
         click.option("--cache-dir", type=click.Path(path_type=Path), help="Where runs are kept."),
-        click.option(
-            "--log-level",
-            type=click.Choice(["debug", "info", "warning", "error"]),
-            default="warning",
-            show_default=True,
-        ),
+        log_level_option("warning"),
     ]
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:

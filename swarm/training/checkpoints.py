@@ -19,7 +19,6 @@ from torch import Tensor
 
 from swarm.epoch.messages import Commit, Place, Term, place_after
 from swarm.errors import BadRequest, UserError
-from swarm.run_orders import open_orders
 from swarm.run_store import RunStore
 from swarm.training.journal import Journal, KeptSum
 from swarm.training.outcome import apply_commit
@@ -136,19 +135,19 @@ class Checkpoints:
         self, place: Place, term: Term, attempt: int, vector: Tensor, state_here: Callable[[], Awaitable[Saving]]
     ) -> None:
         """Before the only replica of a stage reports: what it would take to step again. state_here: the state at that place."""
-        if place != self._journal_end and not self._has(place):
+        if place != self._journal_end and not self._can_resume_at(place):
             await self.wait()
             await self.save(*await state_here())
-            if not self._has(place):
+            if not self._can_resume_at(place):
                 return  # without that state the sum is worth nothing
         try:
             await asyncio.to_thread(self._journal.write_sum, place, term, attempt, vector)
         except UserError as error:
             log.error("sum not kept epoch=%d reason=%s", place.epoch, error)
 
-    def _has(self, place: Place) -> bool:
-        """Whether a restart could begin there."""
-        return any(one.leads_to(place) for one in (*self.places, Place(0, self._run_id)))
+    def _can_resume_at(self, place: Place) -> bool:
+        """Whether a restart could begin there: where the run began needs no state on this disk."""
+        return self.has_saved(place) or Place(0, self._run_id).leads_to(place)
 
     def has_saved(self, place: Place) -> bool:
         """Whether the state there is on this disk."""
@@ -216,8 +215,8 @@ class Checkpoints:
     def is_checkpoint(self, commit: Commit) -> bool:
         """Whether all stages and the ends save the state after a commit."""
         spec, epoch = self._store.spec, commit.after.epoch
-        orders = open_orders(commit.orders, self._run_id, self._store.owner)
-        return epoch % spec.checkpoint_every == 0 or epoch >= orders.num_epochs(spec, epoch)
+        end = self._store.open_orders(commit.orders).num_epochs(spec, epoch)
+        return epoch % spec.checkpoint_every == 0 or epoch >= end
 
     def newest_checkpoint(self) -> Place | None:
         """Of those on this disk that all stages save."""
