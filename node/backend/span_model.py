@@ -58,7 +58,7 @@ class SpanModel:
         self.span, self.dtype, self.device = span, dtype, torch.device(device)
         self.numeric_class = numeric_class or ("fp32" if dtype == torch.float32 else "bf16")
         self.hidden_size = int(checkpoint.config.hidden_size)
-        self._longest_text = longest_text(checkpoint.config)
+        self.longest_text = longest_text(checkpoint.config)
         tensors = checkpoint.load_blocks(span) if state_dict is None else state_dict
         renamed = renumber(tensors, span.start)
         tensors.clear()
@@ -127,9 +127,9 @@ class SpanModel:
         """
         self._check(hidden_BTH, mask)
         batch, num_new = hidden_BTH.shape[:2]
-        if self._longest_text is not None and cache.num_tokens + num_new > self._longest_text:
+        if self.longest_text is not None and cache.num_tokens + num_new > self.longest_text:
             raise BadRequest(
-                f"a text of this model may have {self._longest_text} tokens in a session: its rotary tables (longrope) are others for longer ones"
+                f"a text of this model may have {self.longest_text} tokens in a session: its rotary tables (longrope) are others for longer ones"
             )
         view = self.view_of(cache.hop)
         with torch.inference_mode(), self._autocast():

@@ -5,7 +5,6 @@ Whatever transformers adds one day is not in docs/models.md yet; a node that loa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +122,9 @@ class MadeUpForCausalLM(LlamaForCausalLM):
 
 
 @pytest.fixture(autouse=True)
-def _registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CONFIG_MAPPING._extra_content, "made_up", MadeUpConfig)
     monkeypatch.setitem(AutoModelForCausalLM._model_mapping._extra_content, MadeUpConfig, MadeUpForCausalLM)
-    yield
 
 
 def save(path: Path, flaw: str) -> Path:

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from node.backend.page_store import RowPart
+from node.backend.ragged import NotRagged
+from node.backend.ragged_span import RaggedSpan
 from node.backend.span_model import SpanModel
 from swarm.checkpoint import open_checkpoint
 from swarm.ends import Ends
@@ -161,6 +164,30 @@ def check_two_sessions(whole: Whole, cut: Cut) -> None:
     second.append(other.step(ids[1:, 9:14]))
     assert distance(torch.cat(first, 1), expected[0]) < TOLERANCE
     assert distance(torch.cat(second, 1), expected[1]) < TOLERANCE
+
+
+def computes_together(whole: Whole, cut: Cut) -> bool:
+    """Whether sessions on these shards are computed in ragged batches. If so, two of other lengths are, and checked."""
+    try:
+        ragged = {model: RaggedSpan(model) for model, _ in cut.hops}
+    except NotRagged:
+        return False
+    stores = {model: span.new_store(10, 4) for model, span in ragged.items()}
+    pages = [[0, 2, 4, 6, 8], [9, 7, 5, 3, 1]]
+    pieces: list[list[Tensor]] = [[], []]
+    with torch.inference_mode():
+        for steps in ([(0, 7), (0, 5)], [(7, 8), (5, 6)], [(8, 9), None], [(9, NUM_TOKENS), (6, 14)]):
+            parts = [(row, *step) for row, step in enumerate(steps) if step is not None]
+            hidden = torch.cat([cut.ends.embed(whole.ids[row : row + 1, a:b], position=a)[0] for row, a, b in parts])
+            for model, hop in cut.hops:
+                rows = [RowPart(pages[row], a, b - a) for row, a, b in parts]
+                hidden = ragged[model].forward(hop, hidden, stores[model], rows)
+            logits = torch.split(cut.ends.logits(hidden[None])[0], [b - a for _, a, b in parts])
+            for (row, *_), piece in zip(parts, logits, strict=True):
+                pieces[row].append(piece)
+    for row, length in enumerate((NUM_TOKENS, 14)):
+        assert distance(torch.cat(pieces[row])[None], whole.logits(whole.ids[row : row + 1, :length])) < TOLERANCE
+    return True
 
 
 def check_gradients(whole: Whole, cut: Cut, padding: str) -> None:

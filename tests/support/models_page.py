@@ -25,6 +25,10 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 COLUMNS: list[tuple[str, Callable[[str, Outcome], str]]] = [
     ("model type", lambda model_type, _: f"`{model_type}`"),
     ("served", lambda _, outcome: {WORKS: "yes", REFUSED: "refused", NOT_BUILT: "not tried"}[outcome.verdict]),
+    (
+        "many sessions at once",
+        lambda _, outcome: {True: "yes", False: "one at a time"}[outcome.together] if outcome.verdict == WORKS else "",
+    ),
     ("notes", lambda _, outcome: _notes(outcome)),
 ]
 

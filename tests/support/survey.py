@@ -16,7 +16,7 @@ from swarm.checkpoint import INDEX_FILE, open_checkpoint
 from swarm.decoder import LIBRARY_ERRORS, refuse_unfit
 from swarm.errors import UserError
 from swarm.span import Span
-from tests.support.families import Cut, Whole, check_basics, check_everything
+from tests.support.families import Cut, Whole, check_basics, check_everything, computes_together
 from tests.support.models import NUM_BLOCKS, save_random
 from tests.support.tiny_configs import default_config, tiny_config
 
@@ -27,7 +27,7 @@ _ONE_BY_ONE = {Span(block, block + 1): [Span(block, block + 1)] for block in _WH
 _SHARDS = {Span(0, 1): [Span(0, 1)], Span(1, NUM_BLOCKS): [Span(1, 3), Span(3, NUM_BLOCKS)]}
 _MAX_PARAMETERS = 1_000_000
 # What transformers raises over a config that makes no sense, or a package that is not installed.
-_BUILDING_ERRORS = (*LIBRARY_ERRORS, StrictDataclassError, ImportError, OSError)
+BUILDING_ERRORS = (*LIBRARY_ERRORS, StrictDataclassError, ImportError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,8 @@ class Outcome:
     """WORKS: all that it computes, cut in several ways, is what it computes whole; REFUSED or NOT_BUILT."""
     reason: str = ""
     """Why it was refused, as the user reads it of a checkpoint called MODEL, or could not be built."""
+    together: bool = False
+    """Whether the sessions of many users are computed in one batch, and not one at a time."""
     kinds: tuple[str, ...] = ()
     """The kinds of blocks that were tried, where the type knows several."""
     is_option: bool = False
@@ -61,7 +63,7 @@ def survey(model_type: str, folder: Path, **options: Any) -> Outcome:
 def _try_out(model_type: str, path: Path, options: dict[str, Any]) -> Outcome:
     try:
         config = _config_of(model_type, options)
-    except _BUILDING_ERRORS as error:
+    except BUILDING_ERRORS as error:
         return Outcome(NOT_BUILT, _in_one_line(error))
     config.save_pretrained(path)
     try:
@@ -73,9 +75,9 @@ def _try_out(model_type: str, path: Path, options: dict[str, Any]) -> Outcome:
         _save(config, path)
         whole = Whole(path)
         whole.logits(whole.ids)
-    except _BUILDING_ERRORS as error:
+    except BUILDING_ERRORS as error:
         return Outcome(NOT_BUILT, _in_one_line(error))
-    refusals = []
+    refusals, together = [], []
     for shards, check in ((_SHARDS, check_everything), (_ONE_BY_ONE, check_basics)):
         try:
             cut = Cut(path, shards)
@@ -83,17 +85,20 @@ def _try_out(model_type: str, path: Path, options: dict[str, Any]) -> Outcome:
             refusals.append(_in_one_line(error))
         else:  # even if the other way is refused: whoever loads must be right
             check(whole, cut)
+            together.append(computes_together(whole, cut))
     if refusals:
         return Outcome(REFUSED, refusals[0])
     SpanModel(checkpoint, _WHOLE, dtype=torch.bfloat16)  # is not refused, either
-    return Outcome(WORKS, kinds=tuple(dict.fromkeys(getattr(config, "layer_types", None) or ())))
+    return Outcome(
+        WORKS, together=all(together), kinds=tuple(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+    )
 
 
 def _config_of(model_type: str, options: dict[str, Any]) -> Any:
     """A tiny config, or the default one: that is enough where a look at the config tells that the type cannot be served."""
     try:
         return tiny_config(model_type, **options)
-    except _BUILDING_ERRORS:
+    except BUILDING_ERRORS:
         return default_config(model_type)
 
 
