@@ -7,7 +7,7 @@ from pathlib import Path
 
 from swarm.errors import UserError
 from swarm.numeric_class import HEAD_CLASSES
-from swarm.tensors import WireFormat
+from swarm.wire_format import WireFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +30,7 @@ class ClientConfig:
     records_max_age_s: float = 10.0
     """Records older than this are fetched again before a route is planned."""
     wire: WireFormat | str = WireFormat.BF16
-    """How hidden states and gradients of microbatches travel: fp32, bf16 or int8 (swarm/tensors.py states each one's error).
+    """How hidden states and gradients of microbatches travel: fp32, bf16 or int8 (swarm/wire_format.py states each one's error).
     Sessions always send what they have."""
     microbatch_tokens: int = 512
     """A batch is split, by rows, into microbatches of at most so many tokens (at least one row)."""

@@ -18,7 +18,7 @@ import uvloop
 from torch import Tensor
 
 from swarm.client.config import ClientConfig
-from swarm.client.connect import open_directory
+from swarm.client.joining import open_directory
 from swarm.epoch.messages import Commit, Place
 from swarm.errors import BadReply, PeerFailed, UserError
 from swarm.member_record import MemberRecord

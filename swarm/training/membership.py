@@ -28,8 +28,9 @@ from swarm.errors import BadReply, BadRequest, UserError
 from swarm.exchange import ExchangeFailed, ExchangeMember
 from swarm.member_record import MAX_SAVED, MemberRecord
 from swarm.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
-from swarm.p2p.averaging import Exchanged, plan_exchange, share_out
+from swarm.p2p.averaging import Exchanged, plan_exchange
 from swarm.p2p.framing import FramedStream
+from swarm.p2p.shares import share_out
 from swarm.records import MAX_LIFETIME_S, ShardState
 from swarm.run_orders import Orders
 from swarm.run_spec import RunSpec
