@@ -85,6 +85,9 @@ class PagePool:
         else:
             self._free[page] = 1
 
+    def num_holders(self, page: int) -> int:
+        return self._holders[page]
+
     def is_shared(self, page: int) -> bool:
         """Whether others hold it, too."""
         return self._holders[page] > 1

@@ -12,6 +12,7 @@ import time
 import torch
 from torch import Tensor
 
+from node.admission import MAX_STEP_TOKENS, admit_step
 from node.backend.step_engine import EngineStep
 from node.kv_cache import SessionTable
 from node.microbatches import Microbatches
@@ -33,12 +34,11 @@ from swarm.messages import (
 )
 from swarm.p2p.framing import FramedStream
 from swarm.span import Span
-from swarm.tensors import FLOATING, Buffer, TensorLimits
+from swarm.tensors import Buffer
 
 log = logging.getLogger(__name__)
 
 MAX_STEP_BYTES = 16 * 2**20
-MAX_STEP_TOKENS = 512
 OPEN_TIMEOUT_S = 10.0
 MAX_REFUSALS_PER_STREAM = 32
 
@@ -216,11 +216,11 @@ class NodeService:
             raise Refused(_code_of_end(session), session.ended_because)
         if session.answered == (request.session_version, request.position):
             return session.kept_reply
-        step, was_float = self._admitted(session, request, tensors)
+        step = admit_step(self.sessions, session, request, tensors, self._shard.hidden_size, self._shard.model.dtype)
         submitted = time.monotonic()
 
         def encode(done: EngineStep) -> list[Buffer]:
-            return _encode_reply(request, done, was_float, session.num_tokens, submitted)
+            return _encode_reply(request, done, tensors[0].dtype, session.num_tokens, submitted)
 
         try:
             session.is_busy = True
@@ -238,8 +238,7 @@ class NodeService:
         finally:
             session.is_busy = False
         if self.sessions.is_open(session):
-            session.pages.copied()
-            session.publish()
+            session.pages.computed()
         self.num_steps += 1
         self.num_found_tokens += sum(growth.found for growth in step.growths)
         session.kept_reply = reply
@@ -248,65 +247,6 @@ class NodeService:
         if session.must_make_room and self.sessions.is_open(session):
             self.sessions.evict(session)
         return reply
-
-    def _admitted(
-        self, session: Session, request: node_pb2.Step, tensors: list[Tensor]
-    ) -> tuple[EngineStep, torch.dtype]:
-        """Check everything, then change the session's pages. A refused step leaves the session as it was.
-
-        The step, and the dtype that the client expects.
-        """
-        hidden, mask = self._checked_tensors(session, tensors)
-        num_new = hidden.shape[1]
-        kept = self._checked_position(session, request, num_new)
-        rows = _checked_rows(session, request)
-        growth = session.num_new(num_new, mask)
-        lengths = session.lengths_at(kept)
-        self.sessions.make_room(session, session.pages.num_missing(lengths, growth, reordered=bool(rows)))
-        session.rewind(kept)
-        if rows:
-            session.reorder(rows)
-        converted = hidden.to(self._shard.model.dtype)
-        growths = session.append(converted, mask)
-        step = EngineStep(
-            hop=session.hop,
-            hidden=converted,
-            mask=mask,
-            growths=growths,
-            tables=[session.pages.table(row) for row in range(session.batch)],
-            copies=session.pages.copies,
-            cache=session.cache,
-            rewind_to=kept if request.HasField("rewind_to") else None,
-            reorder=torch.tensor(rows) if rows else None,
-        )
-        return step, hidden.dtype
-
-    def _checked_position(self, session: Session, request: node_pb2.Step, num_new: int) -> int:
-        """Tokens of each row that stay before the new ones."""
-        kept = session.num_tokens
-        if request.HasField("rewind_to"):
-            if request.rewind_to > kept:
-                raise BadRequest(f"cannot rewind to {request.rewind_to}: the cache holds {kept} tokens")
-            kept = request.rewind_to
-        if request.position != kept:
-            raise BadRequest(f"position {request.position} is out of range: the cache holds {kept} tokens")
-        if kept + num_new > session.max_length:
-            raise BadRequest(f"position {kept} + {num_new} new tokens exceed the session's {session.max_length}")
-        return kept
-
-    def _checked_tensors(self, session: Session, tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        if not 1 <= len(tensors) <= 2:
-            raise BadRequest(f"a step has one or two tensors (hidden states, mask), got {len(tensors)}")
-        hidden = TensorLimits(FLOATING, (session.batch, None, self._shard.hidden_size), "hidden states").check(
-            tensors[0]
-        )
-        if hidden.shape[1] == 0:
-            raise BadRequest("a step needs at least one token")
-        if hidden.shape[1] > MAX_STEP_TOKENS:
-            raise BadRequest(f"a step has at most {MAX_STEP_TOKENS} tokens, got {hidden.shape[1]}")
-        if len(tensors) == 1:
-            return hidden, None
-        return hidden, TensorLimits((torch.bool,), (session.batch, hidden.shape[1]), "mask").check(tensors[1])
 
     def _status(self) -> node_pb2.Reply:
         steps = self._steps
@@ -348,13 +288,6 @@ class NodeService:
         await asyncio.wait(waiting)
         if self.sessions.sessions:
             log.warning("left with sessions open num_sessions=%d", len(self.sessions.sessions))
-
-
-def _checked_rows(session: Session, request: node_pb2.Step) -> list[int]:
-    rows = list(request.reorder)
-    if rows and (len(rows) != session.batch or max(rows) >= session.batch):
-        raise BadRequest(f"reorder must name {session.batch} rows below {session.batch}, got {rows[:16]}")
-    return rows
 
 
 def _code_of_end(session: Session) -> node_pb2.RefusalCode:

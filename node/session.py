@@ -70,6 +70,11 @@ class Session:
             return [num_tokens] * self.batch
         return [int(count) for count in mask.sum(dim=1)]
 
+    def num_missing(self, position: int, rows: Sequence[int], num_new: Sequence[int]) -> int:
+        """Pages that must be free for a step: a rewind, a reorder (empty: none), and so many new tokens of each row."""
+        order = rows if self.cache is None else ()
+        return self.pages.num_missing(self.lengths_at(position), num_new, order)
+
     def rewind(self, position: int) -> None:
         """Forget all tokens from position on."""
         if position == self.num_tokens:
@@ -80,7 +85,8 @@ class Session:
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Row r becomes what row rows[r] was."""
-        self.pages.reorder(rows)
+        if self.cache is None:  # a SpanCache has its own keys and values for every row, and all are as long
+            self.pages.reorder(rows)
         self._mask = None if self._mask is None else self._mask[torch.tensor(list(rows))]
 
     def append(self, hidden_BTH: Tensor, mask: Tensor | None) -> list[Growth]:
@@ -99,11 +105,6 @@ class Session:
             growths.append(self.pages.grow(row, count, inputs))
         self.num_tokens += num_new
         return growths
-
-    def publish(self) -> None:
-        """All tokens so far have been computed."""
-        for row, length in enumerate(self.pages.lengths):
-            self.pages.publish(row, length)
 
     def _append_mask(self, mask: Tensor | None, num_new: int) -> None:
         if mask is None and self._mask is None:

@@ -8,6 +8,7 @@ need not compute them again (vLLM calls this automatic prefix caching).
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +52,7 @@ class SessionPages:
         self._origin = origin
         self._rows = [self._empty_row() for _ in range(batch)]
         self.copies: list[tuple[int, int]] = []
-        """Pages to copy, (from, to) in this order, before anything is written; then call `copied`. The sources are held until then."""
+        """Pages to copy, (from, to) in this order, before anything is written. The sources are held until `computed`."""
 
     @property
     def lengths(self) -> list[int]:
@@ -66,15 +67,24 @@ class SessionPages:
         """The row's pages, in the order of their tokens."""
         return self._rows[row].pages
 
-    def num_missing(self, lengths: Sequence[int], growths: Sequence[int], *, reordered: bool) -> int:
-        """At most so many pages must be free for the rows to grow by so much after a rewind to these lengths, and a reorder."""
-        missing = 0
-        for row, length, growth in zip(self._rows, lengths, growths, strict=True):
-            kept = self._pool.pages_of(length)
-            missing += self._pool.pages_of(length + growth) - kept
-            if growth and length % self._pool.page_tokens:
-                missing += reordered or self._pool.is_shared(row.pages[kept - 1])
-        return missing
+    def num_missing(self, lengths: Sequence[int], growths: Sequence[int], order: Sequence[int] = ()) -> int:
+        """Pages that must be free for a step: at most so many are needed beyond those that it gives back itself.
+
+        It rewinds the rows to these lengths, then reorders them (empty: not), then lets row r grow by growths[r].
+        """
+        pool = self._pool
+        sources = order or range(len(self._rows))
+        times = Counter(order)
+        needed = 0
+        for source, growth in zip(sources, growths, strict=True):
+            length = lengths[source]
+            kept = pool.pages_of(length)
+            needed += pool.pages_of(length + growth) - kept
+            if growth and length % pool.page_tokens:
+                needed += times[source] > 1 or pool.is_shared(self._rows[source].pages[kept - 1])
+        if needed and (order or list(lengths) != self.lengths):
+            needed -= self._num_given_back(lengths, sources)
+        return max(0, needed)
 
     def rewind(self, lengths: Sequence[int]) -> None:
         """Forget the tokens of each row after so many."""
@@ -110,7 +120,7 @@ class SessionPages:
         """
         row, pool = self._rows[index], self._pool
         start, found = row.length, 0
-        if inputs is None:
+        if inputs is None and num_tokens:
             row.hasher = None
         token_bytes = len(inputs) // num_tokens if inputs is not None and num_tokens else 0
         while inputs is not None and row.hasher is not None and num_tokens - found >= pool.page_tokens:
@@ -135,25 +145,30 @@ class SessionPages:
             self._take_note(row, num_new, None if inputs is None else inputs[found * token_bytes :], token_bytes)
         return Growth(start, found, num_new)
 
-    def copied(self) -> None:
-        """The pages in `copies` have been copied."""
+    def computed(self) -> None:
+        """All pages in `copies` have been copied, all tokens so far computed: full pages can be found by others."""
+        self._let_go_of_copied()
+        for row in self._rows:
+            for place in range(row.num_published, len(row.keys)):
+                self._pool.publish(row.pages[place], row.keys[place])
+            row.num_published = len(row.keys)
+
+    def release(self) -> None:
+        """Give all pages back."""
+        self._let_go_of_copied()
+        self._release_rows()
+        self._rows = [self._empty_row() for _ in self._rows]
+
+    def _let_go_of_copied(self) -> None:
         for source, _ in self.copies:
             self._pool.release(source)
         self.copies = []
 
-    def publish(self, index: int, length: int) -> None:
-        """A row's first `length` tokens have been computed: its full pages can be found by others."""
-        row = self._rows[index]
-        full = min(length // self._pool.page_tokens, len(row.keys))
-        for place in range(row.num_published, full):
-            self._pool.publish(row.pages[place], row.keys[place])
-        row.num_published = max(row.num_published, full)
-
-    def release(self) -> None:
-        """Give all pages back."""
-        self.copied()
-        self._release_rows()
-        self._rows = [self._empty_row() for _ in self._rows]
+    def _num_given_back(self, lengths: Sequence[int], sources: Sequence[int]) -> int:
+        """Pages that nobody holds any more once the rows are those that came from these sources, rewound to these lengths."""
+        held = Counter(page for row in self._rows for page in row.pages)
+        stay = {page for s in sources for page in self._rows[s].pages[: self._pool.pages_of(lengths[s])]}
+        return sum(page not in stay and self._pool.num_holders(page) == count for page, count in held.items())
 
     def _release_rows(self) -> None:
         for row in self._rows:

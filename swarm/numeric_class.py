@@ -13,19 +13,21 @@ class NumericClass:
     """As records carry it."""
     dtype_name: str
     """Of activations and caches: "float32" or "bfloat16"."""
+    bits: int | None
+    """Of a linear's weights; None: as wide as the activations."""
     bytes_per_parameter: float
-    """Of a linear's weights in memory, scales included."""
+    """Of all linears' weights in memory, scales included."""
 
 
 NUMERIC_CLASSES = {
     one.name: one
     for one in (
-        NumericClass("fp32", "float32", 4),
-        NumericClass("bf16", "bfloat16", 2),
+        NumericClass("fp32", "float32", None, 4),
+        NumericClass("bf16", "bfloat16", None, 2),
         # One bf16 scale for each output row: 2 bytes for some 576 or more weights.
-        NumericClass("int8", "bfloat16", 1.004),
-        # 4 bits, and bf16 scale and zero for each group of 32.
-        NumericClass("int4", "bfloat16", 0.625),
+        NumericClass("int8", "bfloat16", 8, 1.004),
+        # 4 bits, and bf16 scale and zero for each group of 32: 0.625 bytes; some 5 % of the weights have 8 bits.
+        NumericClass("int4", "bfloat16", 4, 0.65),
     )
 }
 

@@ -46,6 +46,8 @@ class RaggedSpan:
         """Raises NotRagged, with the reason, for families whose sessions must be computed one at a time."""
         self.model = model
         self._traced: dict[Span, Any] = {}
+        if model.longest_text is not None:
+            raise NotRagged("its rotary tables are others for all tokens once one of them is far enough")
         try:
             with quiet_libraries(), torch.inference_mode():
                 error = self._try()

@@ -242,7 +242,7 @@ class WidenedLinear(FrozenLinear):
 
     def __init__(self, codes: Int8Codes | Int4Codes, bias: Tensor | None) -> None:
         super().__init__(codes.num_inputs, len(codes), torch.bfloat16, bias)
-        self._kind, self._names = type(codes), tuple(codes.tensors)
+        self.kind, self._names = type(codes), tuple(codes.tensors)
         for name, tensor in codes.tensors.items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -257,7 +257,7 @@ class WidenedLinear(FrozenLinear):
         return gradient_RO @ self.dense()
 
     def _parts(self) -> list[Tensor]:
-        codes = self._kind.of({name: self.get_buffer(name) for name in self._names}, self.in_features)
+        codes = self.kind.of({name: self.get_buffer(name) for name in self._names}, self.in_features)
         size = max(1, _WIDENED_AT_ONCE // self.in_features)
         return [codes.rows(at, at + size).dense().to(self.dtype) for at in range(0, self.out_features, size)]
 

@@ -3,7 +3,7 @@
 Only elementwise operations, which IEEE 754 fixes, minima and maxima are used, and sums in a fixed order: nodes that quantise equal
 weights have equal codes. How a processor likes to have them packed is the business of swarm/linears/frozen.py.
 
-O outputs, I inputs of a linear; G groups of 32 inputs; J inputs, filled up with zeros to whole groups.
+O outputs, I inputs of a linear; J inputs, filled up with zeros to whole groups; G groups of K = 32 weights.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ GROUP = 32
 FORMAT_VERSION = 1
 """Changes whenever the same weights get other codes."""
 
-_PART = 1 << 22
-"""Weights that are widened to float32 at a time."""
-_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
+_PART = 1 << 18
+"""Weights that are widened to float32 at a time: a few such arrays stay in a cache."""
+_SMALLEST = 1e-30
+"""Scale of a row or group of zeros."""
+# Of normal weights 7.2 % are lost; 7.8 % with the whole range and no turns, 7.1 % with twice the work.
+_SHRINKS = (1.0, 0.9, 0.8)
+_TURNS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +115,17 @@ def quantize_int8(weight_OI: Tensor) -> Int8Codes:
 
 
 def quantize_int4(weight_OI: Tensor) -> Int4Codes:
-    """Of some ranges for each group the one with the least squared error."""
-    missing = -weight_OI.shape[1] % GROUP
+    """For each group scale and zero of a small squared error, as they are when rounded to bf16."""
+    num_groups = -(-weight_OI.shape[1] // GROUP)
+    missing = num_groups * GROUP - weight_OI.shape[1]
     parts = []
     for part in _parts(weight_OI):
         padded = torch.nn.functional.pad(part.float(), (0, missing))
-        parts.append(_int4_of(_grouped(padded)))
-    codes, scale, zero = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
-    return Int4Codes(codes, scale, zero, weight_OI.shape[1])
+        codes, scale, zero = _int4_of(padded.view(-1, GROUP).t().contiguous())
+        flat = codes.add_(8).to(torch.uint8).t().reshape(len(part), -1)
+        parts.append((flat[:, 0::2] | flat[:, 1::2] << 4, scale.view(-1, num_groups), zero.view(-1, num_groups)))
+    packed, scales, zeros = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    return Int4Codes(packed, scales.bfloat16(), zeros.bfloat16(), weight_OI.shape[1])
 
 
 def _grouped(weight_OJ: Tensor) -> Tensor:
@@ -130,46 +137,57 @@ def _parts(weight_OI: Tensor) -> tuple[Tensor, ...]:
 
 
 def _int8_of(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    # Codes are made with the scale as it is stored: its rounding to bf16 alone would be an error of up to 0.4 % of the weights.
-    scale = _bf16(weight_OI.abs().amax(1) / 127)
-    codes = (weight_OI / scale.float()[:, None]).round().clamp(-127, 127)
-    return codes.to(torch.int8), scale
+    scale = _rounded((weight_OI.abs().amax(1) / 127).clamp_min(_SMALLEST))
+    codes = (weight_OI / scale[:, None]).round_().clamp_(-127, 127)
+    return codes.to(torch.int8), scale.bfloat16()
 
 
-def _int4_of(weight_OGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    low, high = weight_OGK.amin(2), weight_OGK.amax(2)
-    middle, reach = (low + high) / 2, (high - low) / 2
-    best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+def _int4_of(weight_KG: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes -8 .. 7 [K, G], scales and zeros [G] of groups of K weights, all float32.
+
+    The range of a group's codes is its weights' or somewhat less; then codes, and for these the best scale and zero by least squares, in
+    turn. What has the least error of all that was tried on the way is taken, so weights that lie on such a grid stay as they are.
+    """
+    low, high = weight_KG.amin(0), weight_KG.amax(0)
+    middle, reach, mean = (low + high) / 2, (high - low) / 2, _sum_in_order(weight_KG) / GROUP
+    codes, product = torch.empty_like(weight_KG), torch.empty_like(weight_KG)
+    best_error = torch.full_like(mean, float("inf"))
+    best_scale, best_zero = mean, mean
     for shrink in _SHRINKS:
-        scale = _bf16(reach * (shrink * 2 / 15))
-        zero = (middle - reach * shrink + 8 * scale.float()).bfloat16()
-        codes = ((weight_OGK - zero.float()[..., None]) / scale.float()[..., None]).round().add(8).clamp(0, 15)
-        found = (codes - 8) * scale.float()[..., None] + zero.float()[..., None]
-        error = _sum_in_order((found - weight_OGK).square())
-        if best is None:
-            best = error, codes, scale, zero
-        else:
-            is_better = error < best[0]
-            best = (
-                torch.where(is_better, error, best[0]),
-                torch.where(is_better[..., None], codes, best[1]),
-                torch.where(is_better, scale, best[2]),
-                torch.where(is_better, zero, best[3]),
-            )
-    assert best is not None
-    _, codes, scale, zero = best
-    flat = codes.to(torch.uint8).flatten(1)
-    return flat[:, 0::2] | (flat[:, 1::2] << 4), scale, zero
+        scale = _rounded((reach * (shrink * 2 / 15)).clamp_min(_SMALLEST))
+        zero = _rounded(middle + scale / 2)
+        for turn in range(_TURNS):
+            _encode(weight_KG, scale, zero, codes)
+            torch.mul(codes, scale, out=product).add_(zero).sub_(weight_KG).square_()
+            error = _sum_in_order(product)
+            is_better = error < best_error
+            best_error = torch.where(is_better, error, best_error)
+            best_scale = torch.where(is_better, scale, best_scale)
+            best_zero = torch.where(is_better, zero, best_zero)
+            if turn + 1 < _TURNS:
+                mean_code = _sum_in_order(codes) / GROUP
+                covariance = _sum_in_order(torch.mul(codes, weight_KG, out=product)) / GROUP - mean_code * mean
+                variance = _sum_in_order(codes.square_()) / GROUP - mean_code.square()
+                slope = covariance / variance
+                # Codes that are all equal have no slope.
+                scale = _rounded(torch.where((variance > 0.01) & (slope > _SMALLEST), slope, scale))
+                zero = _rounded(mean - scale * mean_code)
+    _encode(weight_KG, best_scale, best_zero, codes)
+    return codes, best_scale, best_zero
 
 
-def _bf16(scale: Tensor) -> Tensor:
-    """Never zero: a group of zeros is divided by its scale, too."""
-    return scale.clamp_min(1e-30).bfloat16()
+def _encode(weight_KG: Tensor, scale: Tensor, zero: Tensor, codes: Tensor) -> None:
+    torch.sub(weight_KG, zero, out=codes).mul_(1 / scale).round_().clamp_(-8, 7)
 
 
-def _sum_in_order(values: Tensor) -> Tensor:
-    """Over the last dimension, whose size is a power of two; torch's own sum adds in an order that depends on the processor."""
-    while values.shape[-1] > 1:
-        half = values.shape[-1] // 2
-        values = values[..., :half] + values[..., half:]
-    return values.squeeze(-1)
+def _rounded(values: Tensor) -> Tensor:
+    """As they are stored. Codes are made with these: the rounding of a scale alone would be an error of up to 0.4 % of the weights."""
+    return values.bfloat16().float()
+
+
+def _sum_in_order(values_KG: Tensor) -> Tensor:
+    """Over the K weights of each group; torch's own sum adds in an order that depends on the processor."""
+    while len(values_KG) > 1:
+        half = len(values_KG) // 2
+        values_KG = values_KG[:half] + values_KG[half:]
+    return values_KG[0]

@@ -58,13 +58,20 @@ def states_to_keep(
 ) -> set[Place]:
     """Of a member's saved states (newest first): the newest complete ones, the newest of all, and newer ones that may become complete.
 
+    A state of a history that the run has left is not counted as complete: nobody goes back to it, but the one before may be wanted.
     seen: what each stage has on some disk, this member's own included. safe: the newest of which no state hangs on one disk.
     """
-    complete = [place for place in own if is_complete(place, seen, num_stages)][:NUM_COMPLETE]
+    still_followed = [place for place in own if not any(_was_left_for(place, other) for other in own)]
+    complete = [place for place in still_followed if is_complete(place, seen, num_stages)][:NUM_COMPLETE]
     oldest = complete[-1] if len(complete) == NUM_COMPLETE else None
     kept = {*complete, *(place for place in own if place == safe)}
     newer = [place for place in own if (oldest is None or place.rank <= oldest.rank) and place not in kept]
     return {*kept, *newer[: _MAX_KEPT - len(kept)]}
+
+
+def _was_left_for(place: Place, other: Place) -> bool:
+    """Whether the run has gone back behind a place: it has come as far again in a newer era."""
+    return other.era > place.era and other.epoch <= place.epoch
 
 
 class Checkpoints:

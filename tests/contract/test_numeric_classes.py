@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from node.backend.span_model import SpanModel
 from swarm.checkpoint import Checkpoint, open_checkpoint
-from swarm.linears.frozen import FrozenLinear
-from swarm.linears.quantize import Int4Codes, Int8Codes, quantize
+from swarm.linears.frozen import FrozenLinear, Int4Linear, Int8Linear, WidenedLinear
+from swarm.linears.quantize import Codes, Int4Codes, Int8Codes, quantize
 from swarm.span import Span
 from tests.support.models import NUM_BLOCKS, TINY, save_tiny
 
@@ -43,16 +43,22 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def oracle_of(checkpoint: Checkpoint, frozen: SpanModel) -> SpanModel:
     """Plain modules in fp32, with the weights of the class where the other model has linears of it."""
     model = SpanModel(checkpoint, SPAN)
-    kind = {"int8": Int8Codes, "int4": Int4Codes}.get(frozen.numeric_class)
     for index in SPAN:
         block, other = model.block(index), frozen.block(index)
         for name, module in block.named_modules():
-            if isinstance(module, nn.Linear | Conv1D) and isinstance(other.get_submodule(name), FrozenLinear) and kind:
+            if isinstance(module, nn.Linear | Conv1D) and (kind := kind_of(other.get_submodule(name))) is not None:
                 weight = module.weight.data
                 is_transposed = isinstance(module, Conv1D)
                 found = quantize(kind, weight.t() if is_transposed else weight).dense()
                 module.weight.data = found.t() if is_transposed else found
     return model
+
+
+def kind_of(linear: nn.Module) -> type[Codes] | None:
+    """Of the codes that it holds."""
+    if isinstance(linear, WidenedLinear):
+        return linear.kind
+    return {Int8Linear: Int8Codes, Int4Linear: Int4Codes}.get(type(linear))
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
@@ -74,6 +80,8 @@ def test_a_family_in_a_class_computes_what_its_codes_say(checkpoint: Checkpoint,
         for name, module in model.block(index).named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     ]
+    if numeric_class == "int4":
+        assert {kind_of(linear) for linear in linears} >= {Int4Codes}
     assert len(linears) >= 2 * len(SPAN)
     assert all("gate" in name or "router" in name for name in plain)
     hidden = torch.randn(2, 25, model.hidden_size, generator=torch.Generator().manual_seed(3))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from node.backend.span_cache import SpanCache
 from node.kv_cache import PAGE_TOKENS, SessionLimits, SessionTable
 from node.session import Session
 from node.session_pages import SessionPages
@@ -47,7 +49,7 @@ def admit(table: SessionTable, peer: str, number: int, *, batch: int = 1, max_le
 def grow(table: SessionTable, session: Session, num_tokens: int) -> None:
     """As a step does it: first the room, then the pages."""
     lengths = session.pages.lengths
-    missing = session.pages.num_missing(lengths, [num_tokens] * session.batch, reordered=False)
+    missing = session.pages.num_missing(lengths, [num_tokens] * session.batch)
     table.make_room(session, missing)
     for row in range(session.batch):
         session.pages.grow(row, num_tokens, None)
@@ -169,6 +171,19 @@ def test_of_younger_sessions_one_of_the_peer_that_holds_most_goes_first() -> Non
     grow(table, alone, 1)
     grow(table, old, 9 * PAGE_TOKENS)
     assert not table.is_open(small) and table.is_open(large) and table.is_open(alone)
+
+
+def test_rows_of_a_session_with_a_cache_of_its_own_take_room_each_whatever_they_were_copied_from() -> None:
+    """Its keys and values are tensors with a row for each, so after a beam search's reorder nothing is shared."""
+    table = make_table()
+    session = admit(table, "a", 1, batch=2, max_length=64)
+    session.cache = SpanCache(HOP)
+    session.append(torch.zeros(2, 20, 8), None)
+    assert table.pool.num_held == 4
+    assert session.num_missing(20, [1, 1], [1, 1]) == 0, "there is room in the last pages"
+    session.reorder([1, 1])
+    session.append(torch.zeros(2, 1, 8), None)
+    assert table.pool.num_held == 4 and session.pages.copies == []
 
 
 @pytest.mark.parametrize(("batch", "max_length"), [(0, 1), (1, 0), (-1, 1), (1025, 1), (1, 2**20 + 1), (2**32, 2**32)])

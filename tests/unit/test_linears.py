@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from node.backend import linear_choice, linears
+from swarm.linears import choice as linear_choice
+from swarm.linears import frozen
 from swarm.linears.choice import LinearChoice, largest_error
 from swarm.linears.frozen import FrozenLinear, Int4Linear, Int8Linear, PrepackedLinear, WidenedLinear
 from swarm.linears.int4_layout import Int4Layout, find_int4_layout
@@ -105,7 +106,7 @@ def test_no_rows_give_no_rows(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_are_widened_in_several_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "_WIDENED_AT_ONCE", 70 * 96)
+    monkeypatch.setattr(frozen, "_WIDENED_AT_ONCE", 70 * 96)
     linear, weight = make(kind, weight_of(200, 96))
     check(linear, weight, None, (80,))
 
@@ -168,9 +169,9 @@ def test_a_traced_linear_computes_the_same(kind: str) -> None:
         assert torch.equal(traced(3 * given), linear(3 * given))
 
 
-@pytest.mark.parametrize(("kind", "bound"), [(Int8Codes, 0.008), (Int4Codes, 0.085)])
+@pytest.mark.parametrize(("kind", "bound"), [(Int8Codes, 0.008), (Int4Codes, 0.074)])
 def test_codes_are_near_the_weights(kind: type[Codes], bound: float) -> None:
-    """Normal weights in 8 bits, 512 to a scale, are off by 0.75 %; in 4 bits, 32 to a scale, by 7.6 %."""
+    """Normal weights in 8 bits, 512 to a scale, are off by 0.75 %; in 4 bits, 32 to a scale, by 7.2 %."""
     weight = weight_of(64, 512)
     found = quantize(kind, weight).dense()
     assert float((found - weight).norm() / weight.norm()) < bound
@@ -185,11 +186,11 @@ def test_weights_that_are_hard_to_quantise(kind: type[Codes]) -> None:
     assert bool(found.isfinite().all())
     reach = (weight.amax(1) - weight.amin(1)).clamp_min(weight.abs().amax(1)) if kind is Int8Codes else None
     step = (weight.abs().amax(1) if reach is None else reach) / (127 if kind is Int8Codes else 7)
-    assert bool(((found - weight).abs() <= step[:, None]).all())
+    assert bool(((found - weight).abs() <= step[:, None] + 1e-30).all())
 
 
 # Made once; a change here is another FORMAT_VERSION, and replicas of other versions would not agree.
-DIGESTS = {Int8Codes: "e0e2209a5caeaf81", Int4Codes: "6c8956d759ab7ad5"}
+DIGESTS = {Int8Codes: "e0e2209a5caeaf81", Int4Codes: "a23663cc54df3d74"}
 
 
 @pytest.mark.parametrize("kind", [Int8Codes, Int4Codes])
