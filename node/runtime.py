@@ -23,6 +23,7 @@ from node.kv_cache import SessionTable, session_limits_of
 from node.microbatches import Microbatches, microbatch_limits_of
 from node.numeric_class import NUMERIC_CLASSES
 from node.placement import block_rates, blocks_that_fit, choose_span, must_yield
+from node.precision import choose_class
 from node.service import NodeService
 from node.shard import Shard, load_shard
 from node.throughput import Throughput, measure_throughput
@@ -50,6 +51,7 @@ class Node:
         self.config = config
         self._executor = Executor(config.max_waiting_jobs)
         self._started_at = time.time()
+        self._numeric_class = config.precision
 
     async def run(self) -> None:
         """Join, load, serve until SIGTERM or SIGINT, leave. Raises SwarmError with a line for the user."""
@@ -65,6 +67,7 @@ class Node:
             stack.push_async_callback(directory.close)
 
             checkpoint = await self._open_checkpoint(directory)
+            self._numeric_class = await self._choose_class(checkpoint)
             announcer = await self._claim_span(host, directory, checkpoint)
             shard, throughput = await self._load(checkpoint, announcer.record.span)
             sessions = SessionTable(session_limits_of(config), shard.cache_bytes_per_token)
@@ -96,6 +99,20 @@ class Node:
             lambda: open_checkpoint(self.config.model, prefer_sources=sources, cache_dir=self.config.cache_dir)
         )
 
+    async def _choose_class(self, checkpoint: Checkpoint) -> str:
+        config = self.config
+
+        def choose() -> str:
+            return choose_class(
+                config.precision,
+                config.max_perplexity_change,
+                checkpoint.config,
+                device=config.device,
+                threads=config.threads,
+            )
+
+        return await self._on_device(choose)
+
     async def _claim_span(self, host: Host, directory: Directory, checkpoint: Checkpoint) -> Announcer:
         """Choose the span (if not told) and announce JOINING for it; choose again if another joiner took the same one first."""
         spec = await self._on_device(lambda: checkpoint.spec)
@@ -123,7 +140,7 @@ class Node:
                 num_blocks=spec.num_blocks,
                 span=span,
                 block_digests=(),
-                numeric_class=self.config.precision,
+                numeric_class=self._numeric_class,
                 state=ShardState.JOINING,
                 started_at=self._started_at,
                 expires_at=time.time() + self.config.record_lifetime_s,
@@ -147,7 +164,7 @@ class Node:
         length = self.config.num_blocks
         if length is None:
             budget = self.config.max_memory_bytes or int(0.6 * psutil.virtual_memory().available)
-            width = NUMERIC_CLASSES[self.config.precision].bytes_per_parameter
+            width = NUMERIC_CLASSES[self._numeric_class].bytes_per_parameter
             sizes = [checkpoint.block_bytes(Span(b, b + 1), width) for b in range(num_blocks)]
             length = blocks_that_fit(sizes, budget - self.config.cache_bytes)
             if length == 0:
@@ -164,7 +181,7 @@ class Node:
         config = self.config
 
         def load() -> tuple[Shard, Throughput]:
-            shard = load_shard(checkpoint, span, precision=config.precision, device=config.device)
+            shard = load_shard(checkpoint, span, precision=self._numeric_class, device=config.device)
             return shard, measure_throughput(shard.model, config.threads)
 
         return await self._on_device(load)
