@@ -1,16 +1,25 @@
-"""What a node costs beside its weights: processes, memory (PSS), and the time from the end of the imports to READY.
+"""What a node costs beside its weights: CPU and memory of its imports, memory (PSS) at rest and after serving, and the time until READY.
 
 python benchmarks/node_memory.py --json
-Bare imports, the bootstrap peer's p2pd and the node are measured side by side, since shared pages are split among those who map them.
+Bare imports (a process with the very modules of the node, and nothing else), p2pd and the node are measured side by side, since shared
+pages are split among those who map them. beyond_*_mb: of the node, without bare imports, p2pd, weights and cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import re
 import subprocess
 import sys
 import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -19,66 +28,178 @@ import psutil
 from benchmarks.report import print_report, spread
 from swarm.checkpoint import open_checkpoint
 from swarm.span import Span
-from tests.support.processes import local_swarm
+from tests.support.fork_server import ROOT, environment
+from tests.support.processes import LocalSwarm, Process, local_swarm
 
-# The modules that a node has loaded when it begins, and those that transformers loads lazily for a llama.
+PROMPT = "The quick brown fox jumps over the lazy dog, and then it sees that the dog is not as lazy as it seemed."
+IMPORTS = {
+    "plain_imports": "import torch, transformers, hivemind",
+    # What a node had imported before anything was left out: the libraries whole, and the family's code.
+    "whole_imports": "import torch, transformers, hivemind, node.runtime, transformers.models.llama.modeling_llama",
+    "node_imports": """
+from swarm.light_start import leave_out, quick_imports
+leave_out()
+with quick_imports():
+    import node.runtime, transformers.models.llama.modeling_llama""",
+    "bootstrap_imports": "import bootstrap.runtime",
+}
+MEASURE = """
+import json, time
+memory = {line.split()[0]: int(line.split()[1]) for line in open("/proc/self/smaps_rollup").readlines()[1:]}
+print(json.dumps({"cpu_s": time.process_time(), "rss_mb": memory["Rss:"] * 1.024e-3, "own_mb": memory["Pss_Anon:"] * 1.024e-3}))
+"""
+# The modules that a node has when it ends, imported in their order.
 BARE = """
-import sys, uvloop
-import node.runtime
-from transformers import AutoModelForCausalLM
-import transformers.models.llama.modeling_llama
+import importlib, sys
+from swarm.light_start import leave_out, quick_imports
+leave_out()
+with quick_imports():
+    for name in open(sys.argv[1]).read().split():
+        try:
+            importlib.import_module(name)
+        except Exception:  # some are made by others and have no file
+            pass
 print("imported", flush=True)
 sys.stdin.read()
 """
 
 
+def import_figures(repeats: int) -> dict[str, list[float]]:
+    """cpu_s of each kind of imports, rss_mb (all pages, as of a process that is alone) and own_mb (pages of no file)."""
+    figures: dict[str, list[float]] = defaultdict(list)
+    for _ in range(repeats):
+        for name, code in IMPORTS.items():
+            command = [sys.executable, "-c", code + MEASURE]
+            done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, check=True)
+            for key, value in json.loads(done.stdout).items():
+                figures[f"{name}_{key}"].append(value)
+    return figures
+
+
 def pss_mb(pid: int) -> float:
     """Proportional set size in MB."""
-    return psutil.Process(pid).memory_full_info().pss / 1e6
+    return float(psutil.Process(pid).memory_full_info().pss / 1e6)
+
+
+def mapped_weights_mb(pid: int) -> tuple[float, float]:
+    """(PSS, RSS) in MB of the checkpoint's files that a process has mapped."""
+    maps = [m for m in psutil.Process(pid).memory_maps() if m.path.endswith(".safetensors")]
+    return sum(m.pss for m in maps) / 1e6, sum(m.rss for m in maps) / 1e6
+
+
+def peak_mb(pid: int) -> float:
+    """The largest resident set so far, in MB."""
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1.024e-3
+
+
+@contextmanager
+def bare_process(modules: Path) -> Iterator[int]:
+    bare = subprocess.Popen(
+        [sys.executable, "-c", BARE, str(modules)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        env=environment(),
+    )
+    assert bare.stdin is not None and bare.stdout is not None
+    bare.stdout.readline()
+    try:
+        yield bare.pid
+    finally:
+        bare.stdin.close()
+        bare.wait()
+
+
+def start_timed_node(swarm: LocalSwarm, *flags: str) -> Process:
+    """A node whose phases are in node.trace, and its modules, once it has ended, in node.modules of the swarm's folder."""
+    places = {name.upper(): str(swarm.folder / f"node.{name}") for name in ("trace", "modules")}
+    command = [sys.executable, "-m", "benchmarks.timed_node", "run", "--initial-peers", swarm.bootstrap.address, *flags]
+    process = Process(command, swarm.folder / "node.log", {**places, "STARTED_AT": str(time.monotonic())})
+    swarm.processes.append(process)
+    return process
+
+
+def generate(swarm: LocalSwarm, model: str, num_tokens: int) -> None:
+    """Three conversations of one, one and two rows."""
+    import swarm as library
+
+    with library.connect(initial_peers=swarm.initial_peers, model=model) as connected:
+        tokenizer = connected.tokenizer()
+        for num_rows in (1, 1, 2):
+            inputs = tokenizer([PROMPT] * num_rows, return_tensors="pt")
+            connected.model().generate(**inputs, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)
+
+
+def node_figures(options: argparse.Namespace, modules: Path | None, weights_mb: float) -> tuple[dict[str, float], str]:
+    """Of one node that starts, rests, serves, and ends; and the names of its modules."""
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder, local_swarm(Path(folder)) as swarm:
+        node = start_timed_node(
+            swarm, "--model", options.model, "--blocks", options.blocks, "--precision", options.precision
+        )
+        ready = node.ready()
+        figures["ready_s"] = ready["ready_s"]
+        times = psutil.Process(node.pid).cpu_times()
+        figures["cpu_until_ready_s"] = times.user + times.system
+        figures["peak_mb"] = peak_mb(node.pid)
+        trace = [json.loads(line) for line in (swarm.folder / "node.trace").read_text().splitlines()]
+        figures["start_until_ready_s"] = sum(line["wall_s"] for line in trace)
+        for line in trace:
+            phase = line["phase"].replace(" ", "_")
+            figures[f"phase_{phase}_s"], figures[f"phase_{phase}_cpu_s"] = line["wall_s"], line["cpu_s"]
+
+        def beyond_mb(bare_pid: int) -> float:
+            mapped_pss, mapped_rss = mapped_weights_mb(node.pid)
+            return pss_mb(node.pid) - mapped_pss - max(0.0, weights_mb - mapped_rss) - pss_mb(bare_pid)
+
+        if modules is not None:
+            (p2pd,) = node.p2pd_pids()
+            with bare_process(modules) as bare_pid:
+                figures["bare_imports_mb"], figures["p2pd_mb"] = pss_mb(bare_pid), pss_mb(p2pd)
+                figures["bare_imports_rss_mb"] = psutil.Process(bare_pid).memory_info().rss / 1e6
+                figures["node_mb"], figures["beyond_at_rest_mb"] = pss_mb(node.pid), beyond_mb(bare_pid)
+            figures["processes"] = 1 + len(psutil.Process(node.pid).children(recursive=True))
+        span, num_blocks = Span.parse(options.blocks), open_checkpoint(options.model).num_blocks
+        others = [Span(*ends) for ends in ((0, span.start), (span.end, num_blocks)) if ends[0] < ends[1]]
+        swarm.start_nodes(options.model, *map(str, others))
+        generate(swarm, options.model, options.tokens)
+        if modules is not None:
+            with bare_process(modules) as bare_pid:
+                figures["beyond_after_serving_mb"] = beyond_mb(bare_pid)
+                figures["peak_beyond_imports_to_weights"] = (
+                    figures["peak_mb"] - figures["bare_imports_rss_mb"]
+                ) / weights_mb
+        node.stop()
+        return figures, (swarm.folder / "node.modules").read_text()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--blocks", default="0:15")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--tokens", type=int, default=64, help="that each conversation has after its prompt")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    weights_mb = open_checkpoint(options.model).block_bytes(Span.parse(options.blocks), 4) / 1e6
-    figures: dict[str, list[float]] = {
-        "bare_imports_mb": [],
-        "p2pd_mb": [],
-        "node_mb": [],
-        "beyond_mb": [],
-        "ready_s": [],
-        "processes": [],
-    }
-    for _ in range(options.repeats):
-        bare = subprocess.Popen(
-            [sys.executable, "-c", BARE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=Path(__file__).resolve().parents[1],
-        )
-        assert bare.stdin is not None and bare.stdout is not None
-        bare.stdout.readline()
-        with tempfile.TemporaryDirectory() as folder, local_swarm(Path(folder)) as nodes:
-            (node,) = nodes.start_nodes(options.model, options.blocks)
-            (p2pd,) = node.p2pd_pids()
-            node_mb, p2pd_mb, bare_mb = pss_mb(node.pid), pss_mb(p2pd), pss_mb(bare.pid)
-            figures["bare_imports_mb"].append(bare_mb)
-            figures["p2pd_mb"].append(p2pd_mb)
-            figures["node_mb"].append(node_mb)
-            figures["beyond_mb"].append(node_mb - weights_mb - bare_mb)
-            figures["ready_s"].append(node.ready()["ready_s"])
-            figures["processes"].append(1 + len(psutil.Process(node.pid).children(recursive=True)))
-        bare.stdin.close()
-        bare.wait()
-    results = {**{key: spread(values) for key, values in figures.items()}, "weights_mb": round(weights_mb, 1)}
+    itemsize = 4 if options.precision == "fp32" else 2
+    weights_mb = open_checkpoint(options.model).block_bytes(Span.parse(options.blocks), itemsize) / 1e6
+    figures = import_figures(options.repeats)
+    _, names = node_figures(options, None, weights_mb)
+    with tempfile.TemporaryDirectory() as folder:
+        modules = Path(folder) / "modules"
+        modules.write_text(names)
+        for _ in range(options.repeats):
+            for key, value in node_figures(options, modules, weights_mb)[0].items():
+                figures[key].append(value)
+    results: dict[str, Any] = {key: spread(values) for key, values in figures.items()}
+    parameters = {"model": options.model, "blocks": options.blocks, "precision": options.precision}
     print_report(
         "node_memory",
-        {"model": options.model, "blocks": options.blocks, "dtype": "float32"},
-        results,
+        {**parameters, "tokens": options.tokens, "cpus": os.cpu_count()},
+        {**results, "weights_mb": round(weights_mb, 1)},
         as_json=options.json,
     )
 

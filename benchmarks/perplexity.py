@@ -22,10 +22,10 @@ from torch import Tensor
 
 from benchmarks.report import print_report
 from node.backend.span_model import SpanModel
-from node.numeric_class import NUMERIC_CLASSES
 from swarm.checkpoint import open_checkpoint
 from swarm.decoder import BlockSource
 from swarm.ends import Ends
+from swarm.numeric_class import NUMERIC_CLASSES
 from swarm.span import Span
 
 

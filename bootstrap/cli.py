@@ -28,7 +28,7 @@ from swarm.flags import (
     help="File with the key; made if missing. Keeps the address the same after a restart.",
 )
 @initial_peers_option(required=False)
-@log_level_option
+@log_level_option("info")
 def bootstrap(
     listen: tuple[str, ...], announce: tuple[str, ...], identity: Path, initial_peers: tuple[str, ...], log_level: str
 ) -> None:

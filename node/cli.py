@@ -21,6 +21,7 @@ from swarm.flags import (
     listen_option,
     log_level_option,
 )
+from swarm.light_start import leave_out, quick_imports
 from swarm.training.member_config import MembershipConfig
 
 MIB = 2**20
@@ -140,7 +141,7 @@ def cli() -> None:
     help="How long others believe in this node after its last word.",
 )
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Where converted models are kept.")
-@log_level_option
+@log_level_option("info")
 def run(
     log_level: str, cache_mib: int, stash_mib: int, max_memory_mib: int | None, donor_mib: float, **flags: Any
 ) -> None:
@@ -163,10 +164,14 @@ def run(
     configure_logging(log_level)
     # Spinning OpenMP threads of several processes on the same cores slow each other down by an order of magnitude.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from node.runtime import run_node
+    with quick_imports():
+        from node.runtime import run_node
 
+        if config.run_ids:
+            import node.training.runtime  # noqa: F401  which run_node would import
     sys.exit(run_node(config))
 
 
 def main() -> None:
+    leave_out()
     cli(prog_name="swarm-node")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from node.numeric_class import AUTO, NUMERIC_CLASSES
 from swarm.errors import UserError
+from swarm.numeric_class import AUTO, NUMERIC_CLASSES
 from swarm.span import Span
 from swarm.training.member_config import LEAST_DONOR_MIB_PER_S, MembershipConfig
 
@@ -34,7 +34,7 @@ class NodeConfig:
     """Nobody can reach this node directly; the initial peers relay connections to it."""
     identity: Path | None = None
     precision: str = AUTO
-    """Numeric class of what is served (node/numeric_class.py), or which one is measured to be the fastest. Of a run: what its rules say."""
+    """Numeric class of what is served (swarm/numeric_class.py), or "auto": which one is the fastest. A run computes in what its rules say."""
     max_perplexity_change: float = 0.1
     """Percent that the class may change the model's perplexity by, when it is chosen here."""
     device: str = "cpu"

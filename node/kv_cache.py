@@ -1,20 +1,25 @@
-"""Sessions of a node and the byte budget that their caches share.
+"""Sessions of a node, and the pages that their caches share.
 
-Pure bookkeeping: the clock is handed in, caches are made by the caller. A session reserves its bytes when it opens, so a step that was
-admitted never runs out of room.
+Pure bookkeeping: the clock is handed in. A session takes pages as it grows, so many may be open whose greatest lengths together would
+not fit. When pages run out the youngest idle sessions make room for older ones: their clients open them again and replay, and
+the oldest always goes on, so everybody's turn comes.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import dataclass, field
 
-from node.backend.span_cache import SpanCache
 from node.config import NodeConfig
+from node.page_pool import PagePool
+from node.session import Session
 from protos import node_pb2
 from swarm.messages import Refused
-from swarm.span import Span
-from swarm.tensors import Buffer
+
+PAGE_TOKENS = 16
+_FIRST_TOKENS = 64
+"""A session may open if there is room for so many tokens of each row (or for all, if it wants fewer)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +44,9 @@ def session_limits_of(config: NodeConfig, *, num_models: int = 1) -> SessionLimi
     )
 
 
-@dataclass(slots=True)
-class Session:
-    """One generation on one hop."""
-
-    session_id: bytes
-    peer_id: str
-    hop: Span
-    batch: int
-    max_length: int
-    reserved_bytes: int
-    last_used: float
-    cache: SpanCache
-    answered: tuple[int, int] | None = None
-    """(session version, position) of the last step, and its kept reply."""
-    kept_reply: list[Buffer] = field(default_factory=list)
+def num_pages_of(limits: SessionLimits, bytes_per_token: int) -> int:
+    """Pages that the budget allows, if one token of one row takes so much in all blocks."""
+    return max(1, limits.cache_bytes // (PAGE_TOKENS * bytes_per_token))
 
 
 @dataclass(slots=True)
@@ -62,21 +55,30 @@ class SessionTable:
 
     limits: SessionLimits
     bytes_per_token: int
-    """Cache bytes of one token of one row in one block."""
+    """Cache bytes of one token of one row, in all blocks of the span."""
     sessions: dict[tuple[str, bytes], Session] = field(default_factory=dict)
+    """The oldest first."""
     leaving: bool = False
     empty: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while no session is open."""
+    num_evicted: int = 0
+    pool: PagePool = field(init=False)
 
     def __post_init__(self) -> None:
         self.empty.set()
+        self.pool = PagePool(num_pages_of(self.limits, self.bytes_per_token), PAGE_TOKENS)
+
+    @property
+    def page_bytes(self) -> int:
+        return PAGE_TOKENS * self.bytes_per_token
 
     @property
     def used_bytes(self) -> int:
-        return sum(session.reserved_bytes for session in self.sessions.values())
+        """Of pages that sessions hold."""
+        return self.pool.num_held * self.page_bytes
 
-    def reserve(self, peer_id: str, session_id: bytes, hop: Span, batch: int, max_length: int) -> int:
-        """The bytes that such a session takes, if it may open now."""
+    def admit(self, peer_id: str, session_id: bytes, batch: int, max_length: int) -> None:
+        """Whether such a session may open now."""
         if self.leaving:
             raise Refused(node_pb2.THIS_NODE_IS_LEAVING, "this node shuts down; use another")
         if len(session_id) != 16:
@@ -98,19 +100,19 @@ class SessionTable:
                 node_pb2.THIS_NODE_HAS_NO_ROOM,
                 f"{len(self.sessions)} sessions are open, no more are served; try another node or later",
             )
-        needed = batch * max_length * self.bytes_per_token * len(hop)
-        if needed > self.limits.cache_bytes:
-            fits = self.limits.cache_bytes // (batch * self.bytes_per_token * len(hop))
+        needed = batch * self.pool.pages_of(max_length)
+        if needed > self.pool.num_pages:
+            fits = self.pool.num_pages // batch * PAGE_TOKENS
             raise Refused(
                 node_pb2.THE_CACHE_IS_TOO_SMALL,
-                f"{max_length} tokens x {batch} rows need {needed / 2**20:.1f} MiB of cache, this node has {self.limits.cache_bytes / 2**20:.1f} MiB in all: at most {fits} tokens",
+                f"{max_length} tokens x {batch} rows need {self._mib(needed)} of cache, this node has {self._mib(self.pool.num_pages)} in all: at most {fits} tokens",
             )
-        if needed > self.limits.cache_bytes - self.used_bytes:
+        first = batch * self.pool.pages_of(min(max_length, _FIRST_TOKENS))
+        if first > self.pool.num_available:
             raise Refused(
                 node_pb2.THIS_NODE_HAS_NO_ROOM,
-                f"{needed / 2**20:.1f} MiB of cache are needed, {(self.limits.cache_bytes - self.used_bytes) / 2**20:.1f} MiB are free; try another node or later",
+                f"{self._mib(first)} of cache are needed to begin, {self._mib(self.pool.num_available)} are free; try another node or later",
             )
-        return needed
 
     def add(self, session: Session) -> None:
         self.sessions[session.peer_id, session.session_id] = session
@@ -119,8 +121,50 @@ class SessionTable:
     def is_open(self, session: Session) -> bool:
         return self.sessions.get((session.peer_id, session.session_id)) is session
 
-    def close(self, session: Session) -> None:
-        """Free the session's bytes. Closing twice is fine."""
+    def expected_returns(self) -> list[float]:
+        """When those sessions are due that have nothing under way and whose pace is known."""
+        return [at for session in self.sessions.values() if (at := session.expected_at()) is not None]
+
+    def make_room(self, session: Session, num_pages: int) -> None:
+        """See that so many pages are free for a session, if need be by ending younger ones. Raises Refused.
+
+        Of these, the youngest of the peer that holds the most pages goes first. One whose step is under way ends after it: then
+        the older session is refused for now.
+        """
+        younger = list(self.sessions.values())
+        younger = younger[younger.index(session) + 1 :]
+        held: Counter[str] = Counter()
+        for other in self.sessions.values():
+            held[other.peer_id] += other.pages.num_pages
+        promised = 0
+        # Pages that two hold come free only with the second: count on what has come free, not on what each held.
+        while self.pool.num_available + promised < num_pages and younger:
+            victim = max(younger, key=lambda other: (not other.is_busy, held[other.peer_id], younger.index(other)))
+            younger.remove(victim)
+            held[victim.peer_id] -= victim.pages.num_pages
+            if victim.is_busy:
+                victim.must_make_room = True
+                promised += victim.pages.num_pages
+            else:
+                self.evict(victim)
+        if self.pool.num_available < num_pages:
+            raise Refused(
+                node_pb2.THIS_NODE_HAS_NO_ROOM,
+                f"{self._mib(num_pages)} more of cache are needed, {self._mib(self.pool.num_available)} are free; "
+                + ("younger sessions are about to make room" if promised else "older sessions hold the rest")
+                + "; try another node or later",
+            )
+
+    def evict(self, session: Session) -> None:
+        """End a session for an older one's sake."""
+        self.num_evicted += 1
+        session.made_room = True
+        self.close(session, "it made room for an older session; open another and replay")
+
+    def close(self, session: Session, reason: str = "") -> None:
+        """Free the session's pages. Closing twice is fine."""
+        session.ended_because = session.ended_because or reason
+        session.pages.release()
         if self.is_open(session):
             del self.sessions[session.peer_id, session.session_id]
         if not self.sessions:
@@ -129,3 +173,6 @@ class SessionTable:
     def idle_left_s(self, session: Session, now: float) -> float:
         """Seconds until the session expires; not positive: it has."""
         return session.last_used + self.limits.idle_s - now
+
+    def _mib(self, num_pages: int) -> str:
+        return f"{num_pages * self.page_bytes / 2**20:.1f} MiB"

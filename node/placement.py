@@ -46,10 +46,3 @@ def blocks_that_fit(block_bytes: Sequence[int], memory_bytes: int) -> int:
             break
         count += 1
     return count
-
-
-def must_yield(own: ShardRecord, others: Iterable[ShardRecord]) -> bool:
-    """Whether a JOINING node should choose again: another JOINING peer took the same span at the same time and has the smaller id."""
-    return any(
-        other.state == ShardState.JOINING and other.span == own.span and other.peer_id < own.peer_id for other in others
-    )

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from node.backend.span_model import SpanModel
-from node.numeric_class import AUTO, NUMERIC_CLASSES
+from swarm.numeric_class import AUTO, NUMERIC_CLASSES
 from swarm.run_spec import RunSpec
 from swarm.span import Span
 from swarm.training.initial import RandomCheckpoint

@@ -17,20 +17,20 @@ from typing import TypeVar
 import psutil
 
 from node.announcer import Announcer
+from node.backend.step_engine import StepEngine
+from node.claims import Claimant, claim_of_span
 from node.config import NodeConfig
 from node.executor import Executor
-from node.kv_cache import SessionTable, session_limits_of
-from node.microbatches import Microbatches, microbatch_limits_of
-from node.numeric_class import NUMERIC_CLASSES
-from node.placement import block_rates, blocks_that_fit, choose_span, must_yield
+from node.placement import block_rates, blocks_that_fit, choose_span
 from node.precision import choose_class
-from node.service import NodeService
+from node.serving import load_engine, serve_shard
 from node.shard import Shard, load_shard
 from node.throughput import Throughput, measure_throughput
 from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.ending import cancelled
 from swarm.errors import SwarmError, UserError
 from swarm.messages import NODE_PROTOCOL, PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
+from swarm.numeric_class import NUMERIC_CLASSES
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host, HostConfig, running_host
 from swarm.records import ShardRecord, ShardState
@@ -40,8 +40,6 @@ from swarm.span import Span
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_CHOICES_BEFORE_GIVING_UP = 5
 
 
 class Node:
@@ -69,10 +67,8 @@ class Node:
             checkpoint = await self._open_checkpoint(directory)
             self._numeric_class = await self._choose_class(checkpoint)
             announcer = await self._claim_span(host, directory, checkpoint)
-            shard, throughput = await self._load(checkpoint, announcer.record.span)
-            sessions = SessionTable(session_limits_of(config), shard.cache_bytes_per_token)
-            microbatches = Microbatches(shard, self._executor, microbatch_limits_of(config))
-            service = NodeService(shard, checkpoint.name, self._executor, sessions, microbatches)
+            shard, engine, throughput = await self._load(checkpoint, announcer.record.span)
+            service = serve_shard(shard, checkpoint.name, engine, self._executor, config, throughput)
             await host.serve(NODE_PROTOCOL, service.handle)
 
             await announcer.announce(
@@ -101,20 +97,13 @@ class Node:
 
     async def _choose_class(self, checkpoint: Checkpoint) -> str:
         config = self.config
-
-        def choose() -> str:
-            return choose_class(
-                config.precision,
-                config.max_perplexity_change,
-                checkpoint.config,
-                device=config.device,
-                threads=config.threads,
-            )
-
-        return await self._on_device(choose)
+        wanted, budget = config.precision, config.max_perplexity_change
+        return await self._on_device(
+            lambda: choose_class(wanted, budget, checkpoint.config, device=config.device, threads=config.threads)
+        )
 
     async def _claim_span(self, host: Host, directory: Directory, checkpoint: Checkpoint) -> Announcer:
-        """Choose the span (if not told) and announce JOINING for it; choose again if another joiner took the same one first."""
+        """Choose the span (if not told) and announce JOINING for it; choose again if another joiner takes the same one."""
         spec = await self._on_device(lambda: checkpoint.spec)
         addresses = await host.record_addresses()
         peers_are_elsewhere = any("/127.0.0.1/" not in peer for peer in self.config.initial_peers)
@@ -123,43 +112,44 @@ class Node:
                 "others cannot reach this node: it listens on this machine only; "
                 "add --listen /ip4/0.0.0.0/tcp/PORT, or --relay behind NAT"
             )
-        for _ in range(_CHOICES_BEFORE_GIVING_UP):
-            others = [
-                r for r in await directory.find_blocks(spec.digest, range(spec.num_blocks)) if r.peer_id != host.peer_id
-            ]
-            span = self.config.blocks or self._choose(checkpoint, others)
-            if span.end > spec.num_blocks:
-                raise UserError(
-                    f"blocks {span} do not exist: {checkpoint.name} has {spec.num_blocks} blocks (0:{spec.num_blocks})"
-                )
-            record = ShardRecord(
-                peer_id=host.peer_id,
-                model_name=checkpoint.name,
-                source=_public_source(checkpoint.source),
-                model_digest=spec.digest,
-                num_blocks=spec.num_blocks,
-                span=span,
-                block_digests=(),
-                numeric_class=self._numeric_class,
-                state=ShardState.JOINING,
-                started_at=self._started_at,
-                expires_at=time.time() + self.config.record_lifetime_s,
-                addresses=addresses,
-                protocol_major=PROTOCOL_MAJOR,
-                protocol_minor=PROTOCOL_MINOR,
-                software=SOFTWARE,
+        blocks = self.config.blocks
+        if blocks is not None and blocks.end > spec.num_blocks:
+            raise UserError(
+                f"blocks {blocks} do not exist: {checkpoint.name} has {spec.num_blocks} blocks (0:{spec.num_blocks})"
             )
-            announcer = Announcer(directory, record, self.config.record_lifetime_s)
+        record = ShardRecord(
+            peer_id=host.peer_id,
+            model_name=checkpoint.name,
+            source=_public_source(checkpoint.source),
+            model_digest=spec.digest,
+            num_blocks=spec.num_blocks,
+            span=blocks or Span(0, spec.num_blocks),
+            block_digests=(),
+            numeric_class=self._numeric_class,
+            state=ShardState.JOINING,
+            started_at=self._started_at,
+            expires_at=time.time() + self.config.record_lifetime_s,
+            addresses=addresses,
+            protocol_major=PROTOCOL_MAJOR,
+            protocol_minor=PROTOCOL_MINOR,
+            software=SOFTWARE,
+        )
+        announcer = Announcer(directory, record, self.config.record_lifetime_s)
+        if blocks is not None:
             await announcer.announce()
-            if self.config.blocks is not None:
-                break
-            rivals = [r for r in await directory.find_blocks(spec.digest, span) if r.peer_id != host.peer_id]
-            if not must_yield(record, rivals):
-                break
-            log.info("span taken by another joiner span=%s", span)
+            return announcer
+        length = self._num_blocks_to_serve(checkpoint)
+        await Claimant(
+            host.peer_id,
+            find=lambda: directory.find_blocks(spec.digest, range(spec.num_blocks)),
+            choose=lambda others: choose_span(block_rates(others, spec.num_blocks), length),
+            claim_of=claim_of_span,
+            announce=lambda span: announcer.announce(span=span),
+        ).claim()
         return announcer
 
-    def _choose(self, checkpoint: Checkpoint, others: list[ShardRecord]) -> Span:
+    def _num_blocks_to_serve(self, checkpoint: Checkpoint) -> int:
+        """As many as the user says, or as fit into memory. Raises UserError."""
         num_blocks = checkpoint.num_blocks
         length = self.config.num_blocks
         if length is None:
@@ -174,15 +164,15 @@ class Node:
                 )
         if length > num_blocks:
             raise UserError(f"--num-blocks {length}: {checkpoint.name} has {num_blocks} blocks")
-        return choose_span(block_rates(others, num_blocks), length)
+        return length
 
-    async def _load(self, checkpoint: Checkpoint, span: Span) -> tuple[Shard, Throughput]:
+    async def _load(self, checkpoint: Checkpoint, span: Span) -> tuple[Shard, StepEngine, Throughput]:
         log.info("loading model=%s span=%s source=%s", checkpoint.name, span, checkpoint.source)
         config = self.config
 
-        def load() -> tuple[Shard, Throughput]:
+        def load() -> tuple[Shard, StepEngine, Throughput]:
             shard = load_shard(checkpoint, span, precision=self._numeric_class, device=config.device)
-            return shard, measure_throughput(shard.model, config.threads)
+            return shard, load_engine(shard, config), measure_throughput(shard.model, config.threads)
 
         return await self._on_device(load)
 

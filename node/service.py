@@ -12,12 +12,16 @@ import time
 import torch
 from torch import Tensor
 
-from node.executor import Executor
-from node.kv_cache import Session, SessionTable
+from node.admission import MAX_STEP_TOKENS, admit_step
+from node.backend.step_engine import EngineStep
+from node.kv_cache import SessionTable
 from node.microbatches import Microbatches
+from node.session import Session
+from node.session_pages import SessionPages
 from node.shard import Shard
+from node.steps import COMPUTE_ERRORS, Steps
 from protos import node_pb2
-from swarm.errors import BadRequest, SwarmError
+from swarm.errors import BadRequest
 from swarm.messages import (
     MAX_HEADER_BYTES,
     PROTOCOL_MAJOR,
@@ -30,12 +34,11 @@ from swarm.messages import (
 )
 from swarm.p2p.framing import FramedStream
 from swarm.span import Span
-from swarm.tensors import FLOATING, Buffer, TensorLimits
+from swarm.tensors import Buffer
 
 log = logging.getLogger(__name__)
 
 MAX_STEP_BYTES = 16 * 2**20
-MAX_STEP_TOKENS = 512
 OPEN_TIMEOUT_S = 10.0
 MAX_REFUSALS_PER_STREAM = 32
 
@@ -44,22 +47,22 @@ class NodeService:
     """Handles streams of the protocol "shardswarm/node"."""
 
     def __init__(
-        self, shard: Shard, model_name: str, executor: Executor, sessions: SessionTable, microbatches: Microbatches
+        self, shard: Shard, model_name: str, steps: Steps, sessions: SessionTable, microbatches: Microbatches
     ) -> None:
         self._shard = shard
         self._model_name = model_name
-        self._executor = executor
+        self._steps = steps
         self.sessions = sessions
         self.microbatches = microbatches
         self.num_steps = 0
-        self._farewell = "this session ended when a step failed; open another"
+        self.num_found_tokens = 0
+        """That were not computed, because others had been sent the same before."""
 
     def dismiss(self, reason: str) -> None:
         """End all sessions, and admit no others."""
-        self._farewell = reason
         self.sessions.leaving = self.microbatches.leaving = True
         for session in list(self.sessions.sessions.values()):
-            self.sessions.close(session)
+            self.sessions.close(session, reason)
 
     async def handle(self, stream: FramedStream, first: bytes | None = None) -> None:
         """Serve one stream until the peer ends it, it breaks, its session expires or the peer sends too much nonsense.
@@ -142,22 +145,24 @@ class NodeService:
 
     def _open(self, request: node_pb2.OpenSession, stream: FramedStream) -> tuple[Session, list[Buffer]]:
         hop = self._checked_hop(request)
-        reserved = self.sessions.reserve(stream.peer_id, request.session_id, hop, request.batch, request.max_length)
+        self.sessions.admit(stream.peer_id, request.session_id, request.batch, request.max_length)
         row_bytes = request.batch * self._shard.hidden_size * 4
         max_tokens = min(MAX_STEP_TOKENS, MAX_STEP_BYTES // row_bytes)
         if max_tokens < 1:
             raise BadRequest(
                 f"a batch of {request.batch} rows is too large: one step may have {MAX_STEP_BYTES // 2**20} MiB"
             )
+        engine = self._steps.engine
+        origin = f"{hop}".encode() if engine.computes_together else None
         session = Session(
             session_id=request.session_id,
             peer_id=stream.peer_id,
             hop=hop,
             batch=request.batch,
             max_length=request.max_length,
-            reserved_bytes=reserved,
             last_used=time.monotonic(),
-            cache=self._shard.model.new_cache(hop),
+            pages=SessionPages(self.sessions.pool, request.batch, origin),
+            cache=engine.new_cache(hop),
         )
         self.sessions.add(session)
         stream.accept_messages_of(max_tokens * (row_bytes + request.batch) + MAX_HEADER_BYTES)
@@ -204,82 +209,47 @@ class NodeService:
         return hop
 
     async def _step(self, session: Session, request: node_pb2.Step, tensors: list[Tensor]) -> list[Buffer]:
-        session.last_used = time.monotonic()
+        session.note_arrival(time.monotonic())
         if request.session_id != session.session_id:
             raise Refused(node_pb2.THE_SESSION_IS_UNKNOWN, "the step is for another session than the stream")
         if not self.sessions.is_open(session):
-            raise Refused(node_pb2.THE_SESSION_IS_UNKNOWN, self._farewell)
+            raise Refused(_code_of_end(session), session.ended_because)
         if session.answered == (request.session_version, request.position):
             return session.kept_reply
+        step = admit_step(self.sessions, session, request, tensors, self._shard.hidden_size, self._shard.model.dtype)
         submitted = time.monotonic()
+
+        def encode(done: EngineStep) -> list[Buffer]:
+            return _encode_reply(request, done, tensors[0].dtype, session.num_tokens, submitted)
+
         try:
-            reply = await self._executor.run(lambda: self._compute(session, request, tensors, submitted))
-        except SwarmError:
-            raise
-        except (RuntimeError, ValueError, IndexError, MemoryError) as error:  # torch's and transformers' own
+            session.is_busy = True
+            reply = await self._steps.run(step, session.peer_id, encode, lambda: len(self.sessions.sessions) == 1)
+        except COMPUTE_ERRORS as error:
             log.exception("step failed peer=%s hop=%s", session.peer_id, session.hop)
-            self.sessions.close(session)
+            self.sessions.close(session, "this session ended when a step failed; open another")
             raise Refused(
                 node_pb2.THE_COMPUTATION_FAILED,
                 f"the step failed on this node ({type(error).__name__}); use another node",
             ) from error
+        except BaseException:
+            self.sessions.close(session, "this session ended when a step failed; open another")
+            raise
+        finally:
+            session.is_busy = False
+        if self.sessions.is_open(session):
+            session.pages.computed()
         self.num_steps += 1
+        self.num_found_tokens += sum(growth.found for growth in step.growths)
         session.kept_reply = reply
         session.answered = (request.session_version, request.position)
-        session.last_used = time.monotonic()
+        session.last_used = session.replied_at = time.monotonic()
+        if session.must_make_room and self.sessions.is_open(session):
+            self.sessions.evict(session)
         return reply
 
-    def _compute(
-        self, session: Session, request: node_pb2.Step, tensors: list[Tensor], submitted: float
-    ) -> list[Buffer]:
-        """On the device thread: check everything, then change the cache, and encode the reply while all is warm.
-
-        A refused step leaves the session as it was.
-        """
-        started = time.monotonic()
-        hidden, mask = self._checked_tensors(session, tensors)
-        kept = session.cache.num_tokens
-        if request.HasField("rewind_to"):
-            if request.rewind_to > kept:
-                raise BadRequest(f"cannot rewind to {request.rewind_to}: the cache holds {kept} tokens")
-            kept = request.rewind_to
-        if request.position != kept:
-            raise BadRequest(f"position {request.position} is out of range: the cache holds {kept} tokens")
-        if kept + hidden.shape[1] > session.max_length:
-            raise BadRequest(
-                f"position {kept} + {hidden.shape[1]} new tokens exceed the session's {session.max_length}"
-            )
-        rows = torch.tensor(list(request.reorder), dtype=torch.long)
-        if len(rows) and (len(rows) != session.batch or int(rows.max()) >= session.batch):
-            raise BadRequest(f"reorder must name {session.batch} rows below {session.batch}, got {rows[:16].tolist()}")
-        if request.HasField("rewind_to"):
-            session.cache.rewind(kept)
-        if len(rows):
-            session.cache.reorder(rows)
-        output = self._shard.model.forward(hidden.to(self._shard.model.dtype), session.cache, mask=mask)
-        done = node_pb2.StepDone(
-            session_version=request.session_version,
-            position=session.cache.num_tokens,
-            compute_us=round((time.monotonic() - started) * 1e6),
-            queue_us=round((started - submitted) * 1e6),
-        )
-        return encode_message(node_pb2.Reply(step=done), [] if request.no_reply_tensor else [output.to(hidden.dtype)])
-
-    def _checked_tensors(self, session: Session, tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        if not 1 <= len(tensors) <= 2:
-            raise BadRequest(f"a step has one or two tensors (hidden states, mask), got {len(tensors)}")
-        hidden = TensorLimits(FLOATING, (session.batch, None, self._shard.hidden_size), "hidden states").check(
-            tensors[0]
-        )
-        if hidden.shape[1] == 0:
-            raise BadRequest("a step needs at least one token")
-        if hidden.shape[1] > MAX_STEP_TOKENS:
-            raise BadRequest(f"a step has at most {MAX_STEP_TOKENS} tokens, got {hidden.shape[1]}")
-        if len(tensors) == 1:
-            return hidden, None
-        return hidden, TensorLimits((torch.bool,), (session.batch, hidden.shape[1]), "mask").check(tensors[1])
-
     def _status(self) -> node_pb2.Reply:
+        steps = self._steps
         status = node_pb2.NodeStatus(
             version=own_version(),
             model_name=self._model_name,
@@ -290,6 +260,9 @@ class NodeService:
             cache_bytes_used=self.sessions.used_bytes,
             cache_bytes_budget=self.sessions.limits.cache_bytes,
             num_steps=self.num_steps,
+            num_batches=steps.num_batches,
+            num_found_tokens=self.num_found_tokens,
+            num_evicted_sessions=self.sessions.num_evicted,
             num_forwards=self.microbatches.num_forwards,
             num_backwards=self.microbatches.num_backwards,
             stash_bytes_used=self.microbatches.stash.used_bytes,
@@ -315,3 +288,23 @@ class NodeService:
         await asyncio.wait(waiting)
         if self.sessions.sessions:
             log.warning("left with sessions open num_sessions=%d", len(self.sessions.sessions))
+
+
+def _code_of_end(session: Session) -> node_pb2.RefusalCode:
+    if session.made_room:
+        return node_pb2.THIS_SESSION_MADE_ROOM
+    return node_pb2.THE_SESSION_IS_UNKNOWN
+
+
+def _encode_reply(
+    request: node_pb2.Step, step: EngineStep, dtype: torch.dtype, position: int, submitted: float
+) -> list[Buffer]:
+    """On the device thread, while all is warm."""
+    assert step.output is not None
+    done = node_pb2.StepDone(
+        session_version=request.session_version,
+        position=position,
+        compute_us=round(step.compute_s * 1e6),
+        queue_us=max(0, round((time.monotonic() - submitted - step.compute_s) * 1e6)),
+    )
+    return encode_message(node_pb2.Reply(step=done), [] if request.no_reply_tensor else [step.output.to(dtype)])

@@ -23,7 +23,7 @@ class Shard:
     block_digests: tuple[bytes, ...]
     numeric_class: str
     cache_bytes_per_token: int
-    """Of one batch row and one block."""
+    """Of one row, in all blocks, with what came out of the last."""
 
     @property
     def hidden_size(self) -> int:
@@ -55,7 +55,8 @@ def checked_shard(checkpoint: Checkpoint | RunModel, model: SpanModel, digests: 
         model_digest=checkpoint.spec.digest,
         block_digests=digests,
         numeric_class=model.numeric_class,
-        cache_bytes_per_token=model.cache_bytes_per_token(),
+        cache_bytes_per_token=model.cache_bytes_per_token() * len(model.span)
+        + model.hidden_size * model.dtype.itemsize,
     )
 
 

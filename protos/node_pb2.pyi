@@ -22,6 +22,7 @@ class RefusalCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     THE_MICROBATCH_IS_UNKNOWN: _ClassVar[RefusalCode]
     THE_MICROBATCH_IS_TOO_LARGE: _ClassVar[RefusalCode]
     THE_EPOCH_IS_ANOTHER: _ClassVar[RefusalCode]
+    THIS_SESSION_MADE_ROOM: _ClassVar[RefusalCode]
     THE_RUN_IS_ANOTHER: _ClassVar[RefusalCode]
 THE_REQUEST_IS_WRONG: RefusalCode
 THIS_NODE_HAS_NO_ROOM: RefusalCode
@@ -35,6 +36,7 @@ THE_COMPUTATION_FAILED: RefusalCode
 THE_MICROBATCH_IS_UNKNOWN: RefusalCode
 THE_MICROBATCH_IS_TOO_LARGE: RefusalCode
 THE_EPOCH_IS_ANOTHER: RefusalCode
+THIS_SESSION_MADE_ROOM: RefusalCode
 THE_RUN_IS_ANOTHER: RefusalCode
 
 class ProtocolVersion(_message.Message):
@@ -302,7 +304,7 @@ class GetNodeStatus(_message.Message):
     def __init__(self, version: _Optional[_Union[ProtocolVersion, _Mapping]] = ...) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("version", "model_name", "model_digest", "start", "end", "num_sessions", "cache_bytes_used", "cache_bytes_budget", "num_steps", "num_forwards", "num_backwards", "stash_bytes_used", "stash_bytes_budget")
+    __slots__ = ("version", "model_name", "model_digest", "start", "end", "num_sessions", "cache_bytes_used", "cache_bytes_budget", "num_steps", "num_forwards", "num_backwards", "stash_bytes_used", "stash_bytes_budget", "num_batches", "num_found_tokens", "num_evicted_sessions")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -316,6 +318,9 @@ class NodeStatus(_message.Message):
     NUM_BACKWARDS_FIELD_NUMBER: _ClassVar[int]
     STASH_BYTES_USED_FIELD_NUMBER: _ClassVar[int]
     STASH_BYTES_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    NUM_BATCHES_FIELD_NUMBER: _ClassVar[int]
+    NUM_FOUND_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_EVICTED_SESSIONS_FIELD_NUMBER: _ClassVar[int]
     version: ProtocolVersion
     model_name: str
     model_digest: bytes
@@ -329,7 +334,10 @@ class NodeStatus(_message.Message):
     num_backwards: int
     stash_bytes_used: int
     stash_bytes_budget: int
-    def __init__(self, version: _Optional[_Union[ProtocolVersion, _Mapping]] = ..., model_name: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., num_sessions: _Optional[int] = ..., cache_bytes_used: _Optional[int] = ..., cache_bytes_budget: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_forwards: _Optional[int] = ..., num_backwards: _Optional[int] = ..., stash_bytes_used: _Optional[int] = ..., stash_bytes_budget: _Optional[int] = ...) -> None: ...
+    num_batches: int
+    num_found_tokens: int
+    num_evicted_sessions: int
+    def __init__(self, version: _Optional[_Union[ProtocolVersion, _Mapping]] = ..., model_name: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., num_sessions: _Optional[int] = ..., cache_bytes_used: _Optional[int] = ..., cache_bytes_budget: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_forwards: _Optional[int] = ..., num_backwards: _Optional[int] = ..., stash_bytes_used: _Optional[int] = ..., stash_bytes_budget: _Optional[int] = ..., num_batches: _Optional[int] = ..., num_found_tokens: _Optional[int] = ..., num_evicted_sessions: _Optional[int] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("code", "message")

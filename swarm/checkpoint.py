@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from swarm.cache import CacheEntry, Sidecar, cache_root, list_cache, prune_cache
+from swarm.decoder import text_config
 from swarm.errors import ModelNotFound, SwarmError, UserError
 from swarm.model_spec import ModelSpec, config_digest
 from swarm.sources import ALIASES, Located, locate
@@ -107,7 +108,7 @@ class Checkpoint:
         config = self._from_transformers(
             lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False), "config.json"
         )
-        text = config.get_text_config()
+        text = text_config(config, self.name)
         if getattr(config, "is_encoder_decoder", False) or not getattr(text, "num_hidden_layers", None):
             raise UserError(
                 f"{self.name} ({config.model_type}) is not a decoder with blocks: choose a causal language model"
@@ -327,15 +328,15 @@ def _find_block_keys(
 ) -> tuple[tuple[str, ...], ...]:
     """Keys of each block: those under the one stem ("model.layers.") that has every index from 0 to num_blocks - 1.
 
-    Only when several stems do, the model is built without memory to see which of them the blocks are.
+    Only when none or several do, the model is built without memory to see which of them the blocks are.
     """
     found: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     for key in keys:
         if match := NUMBERED.search(key):
             found[key[: match.start(1)]][int(match[1])].append(key)
     complete = [stem for stem, blocks in found.items() if all(index in blocks for index in range(num_blocks))]
-    if len(complete) > 1:
-        full, relative = meta_names()
+    if len(complete) != 1:
+        full, relative = meta_names()  # raises if the model has no such list of blocks
         ranks = [
             [stem for stem in complete if fits(stem)]
             for fits in (full.__eq__, relative.__eq__, lambda s: s.endswith("." + relative))

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from swarm.errors import SwarmError
-from swarm.flags import RunIdType, announce_option, configure_logging, initial_peers_option, listen_option
+from swarm.flags import (
+    RunIdType,
+    announce_option,
+    configure_logging,
+    initial_peers_option,
+    listen_option,
+    log_level_option,
+)
+from swarm.light_start import leave_out, quick_imports
 from swarm.run_cli import run, run_options, show_status
 
 if TYPE_CHECKING:
@@ -61,12 +69,7 @@ def _client_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Bound on everything that is waited for.",
         ),
         click.option("--cache-dir", type=click.Path(path_type=Path), help="Where converted models are kept."),
-        click.option(
-            "--log-level",
-            type=click.Choice(["debug", "info", "warning", "error"]),
-            default="warning",
-            show_default=True,
-        ),
+        log_level_option("warning"),
     ]
     for option in reversed(options):
         command = option(command)
@@ -89,9 +92,10 @@ def _sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _connect(flags: dict[str, Any]) -> Swarm:
-    """Connect as the common flags say; before transformers (3 s) is imported, so that a swarm that cannot be reached is known early."""
+    """Connect as the common flags say; before transformers' models are imported, so that a swarm that cannot be reached is known early."""
     configure_logging(flags["log_level"])
-    from swarm.client.blocking import Swarm
+    with quick_imports():
+        from swarm.client.blocking import Swarm
     from swarm.client.config import ClientConfig
 
     timeout_s = flags["request_timeout_s"]
@@ -117,7 +121,8 @@ def generate(prompt: str, as_chat: bool, as_json: bool, **flags: Any) -> None:
     if not prompt:
         raise click.UsageError("the prompt is empty")
     with _connect(flags) as swarm:
-        from swarm.client.terminal_chat import generate_once
+        with quick_imports():
+            from swarm.client.terminal_chat import generate_once
 
         generate_once(swarm, prompt, flags, as_chat=as_chat, as_json=as_json)
 
@@ -138,7 +143,8 @@ def chat(max_length: int, system_prompt: str | None, follow: bool, **flags: Any)
     """Talk with the model; empty line or Ctrl-D ends it."""
 
     first = [_connect(flags)]  # before transformers is imported, as always
-    from swarm.client.terminal_chat import chat_loop
+    with quick_imports():
+        from swarm.client.terminal_chat import chat_loop
 
     chat_loop(
         lambda: first.pop() if first else _connect(flags),
@@ -157,9 +163,7 @@ def chat(max_length: int, system_prompt: str | None, follow: bool, **flags: Any)
     "--timeout", "timeout_s", type=click.FloatRange(min=0.1), default=15.0, show_default=True, metavar="SECONDS"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option(
-    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning", show_default=True
-)
+@log_level_option("warning")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Where runs are kept.")
 def status(
     initial_peers: tuple[str, ...],
@@ -219,9 +223,7 @@ def status(
 @announce_option
 @click.option("--identity", type=click.Path(path_type=Path), help="File with this trainer's key; made if missing.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), help="Where runs are kept.")
-@click.option(
-    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning", show_default=True
-)
+@log_level_option("warning")
 def train(
     log_level: str, log_file: Path | None, tensorboard: Path | None, as_json: bool, num_workers: int, **flags: Any
 ) -> None:
@@ -229,7 +231,9 @@ def train(
     configure_logging(log_level)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from swarm.client.trainer_config import TrainerConfig
-    from swarm.client.training_run import run_trainer
+
+    with quick_imports():
+        from swarm.client.training_run import run_trainer
 
     config = TrainerConfig(**flags, num_workers=num_workers)
     sys.exit(run_trainer(config, log_file=log_file, tensorboard=tensorboard, as_json=as_json))
@@ -275,10 +279,11 @@ def export(
     if every is None and keep is not None:
         raise click.UsageError("--keep says how many of --every are kept: give both")
     configure_logging(log_level)
-    import torch
+    with quick_imports():
+        import torch
 
-    from swarm.client.export import Exported, export_run
-    from swarm.client.export_series import export_checkpoints
+        from swarm.client.export import Exported, export_run
+        from swarm.client.export_series import export_checkpoints
 
     def tell(exported: Exported) -> None:
         loss = "" if exported.loss is None else f", loss {exported.loss:.4f}"
@@ -352,4 +357,5 @@ def cache_fetch(model: str, cache_dir: Path | None) -> None:
 
 
 def main() -> None:
+    leave_out()
     cli(prog_name="swarm")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -57,19 +57,33 @@ def positions_of(mask: Tensor, past: int) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp_min(0)[:, past:]
 
 
+def text_config(config: Any, name: str) -> Any:
+    """The config of the language model: the config itself, but for models made of several. UserError if it has several of those, too."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        raise _several_models(config, name) from None
+
+
 def refuse_unfit(config: Any, name: str) -> None:
     """Raise UserError, with the reason, for models whose blocks cannot be served one span here and one there."""
     kind = str(config.model_type)
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{name} ({kind}) is an encoder-decoder; only decoder models can be served")
-    if config.get_text_config() is not config:
-        raise UserError(f"{name} ({kind}) is made of several models; choose a checkpoint of its language model alone")
+    if text_config(config, name) is not config:
+        raise _several_models(config, name)
     recurrent = _recurrent_kinds(config)
     if recurrent:
         raise UserError(
             f"{name} has layers with recurrent state ({', '.join(recurrent)}), which cannot be rewound or replayed in part"
         )
-    if _has_dynamic_rotations(config):
+    caches = _odd_caches(config)
+    if caches:
+        raise UserError(
+            f"{name} ({kind}) has blocks that keep more, or other things, than keys and values of each token ({', '.join(caches)}); "
+            "choose another model"
+        )
+    if any(table.get("rope_type") == "dynamic" for table in _rotary_tables(config)):
         raise UserError(
             f'{name} ({kind}) has rotary tables of type "dynamic", which grow with the longest text so far: '
             "sessions on one node would change each other's results; choose another model"
@@ -77,6 +91,19 @@ def refuse_unfit(config: Any, name: str) -> None:
     for option, reason in _ACROSS_BLOCKS.items():
         if getattr(config, option, None):
             raise UserError(f"{name} ({kind}) cannot be cut into spans: {reason} ({option})")
+
+
+def longest_text(config: Any) -> int | None:
+    """Tokens up to which a text's rotary tables stay as they are, None if for ever.
+
+    Those of type "longrope" are others for all of its positions once it is longer, and keys that a session keeps would be wrong.
+    """
+    limits = [
+        table["original_max_position_embeddings"]
+        for table in _rotary_tables(config)
+        if table.get("rope_type") == "longrope"
+    ]
+    return min(limits, default=None)
 
 
 def find_blocks(base: nn.Module, num_blocks: int) -> tuple[str, nn.ModuleList]:
@@ -87,16 +114,16 @@ def find_blocks(base: nn.Module, num_blocks: int) -> tuple[str, nn.ModuleList]:
     raise UserError(f"{type(base).__name__} has no list of {num_blocks} blocks; this model cannot be served")
 
 
-def shrink_config(config: Any, span: Span) -> Any:
-    """A copy of the config for a model of only these blocks: every list with one entry per block is sliced."""
+def shrink_config(config: Any, blocks: Sequence[int]) -> Any:
+    """A copy of the config for a model of only these blocks, in this order: of every list with one entry per block, theirs are left."""
     shrunk = copy.deepcopy(config)
     count = config.num_hidden_layers
     for key, value in config.to_dict().items():
         if isinstance(value, list) and len(value) == count:
-            setattr(shrunk, key, value[span.start : span.end])
+            setattr(shrunk, key, [value[block] for block in blocks])
         elif key in _LAYER_COUNT_NAMES:
-            setattr(shrunk, key, len(span))
-    shrunk.num_hidden_layers = len(span)
+            setattr(shrunk, key, len(blocks))
+    shrunk.num_hidden_layers = len(blocks)
     return shrunk
 
 
@@ -111,8 +138,8 @@ def renumber(tensors: Mapping[str, Tensor], first: int) -> dict[str, Tensor]:
     return renamed
 
 
-def replace_blocks(base: Any, num_blocks: int, span: Span, blocks: Iterable[nn.Module]) -> list[Any]:
-    """Put other blocks, which stand for those of `span`, in the place of all blocks, with a config for them.
+def replace_blocks(base: Any, num_blocks: int, places: Sequence[int], blocks: Iterable[nn.Module]) -> list[Any]:
+    """Put other blocks, which stand for those that are at `places` now, in the place of all blocks, with a config for them.
 
     Returns the modules from base down to the one that has the list of blocks.
     """
@@ -121,7 +148,7 @@ def replace_blocks(base: Any, num_blocks: int, span: Span, blocks: Iterable[nn.M
     for step in path:
         parents.append(getattr(parents[-1], step))
     setattr(parents[-1], attribute, nn.ModuleList(blocks))
-    shrunk = shrink_config(base.config, span)
+    shrunk = shrink_config(base.config, places)
     for parent in parents:
         if hasattr(parent, "config"):
             parent.config = shrunk
@@ -172,11 +199,28 @@ def _recurrent_kinds(config: Any) -> list[str]:
     return sorted(str(kind) for kind in kinds if any(word in str(kind) for word in _RECURRENT))[:3]
 
 
-def _has_dynamic_rotations(config: Any) -> bool:
-    tables = getattr(config, "rope_parameters", None) or {}
-    return any(
-        table.get("rope_type") == "dynamic" for table in (tables, *tables.values()) if isinstance(table, Mapping)
+def _odd_caches(config: Any) -> list[str]:
+    """Classes of what transformers itself would make to remember tokens in, where that is more than a list of keys and values."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    try:
+        kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    except LIBRARY_ERRORS:
+        return []  # whoever builds the blocks tries out whether ours will do
+    return sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+
+
+def _several_models(config: Any, name: str) -> UserError:
+    return UserError(
+        f"{name} ({config.model_type}) is made of several models; choose a checkpoint of its language model alone"
     )
+
+
+def _rotary_tables(config: Any) -> list[Mapping[str, Any]]:
+    """Parameters of the model's rotary tables: one, or one for each kind of block."""
+    tables = getattr(config, "rope_parameters", None) or {}
+    return [table for table in (tables, *tables.values()) if isinstance(table, Mapping)]
 
 
 def _causal_lm_class(config: Any, name: str) -> Any:

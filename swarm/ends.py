@@ -24,7 +24,7 @@ from swarm.decoder import (
     replace_blocks,
 )
 from swarm.errors import BadRequest, UserError
-from swarm.span import Span
+from swarm.fast_head import FastHead
 from swarm.terminal import quiet_libraries
 
 
@@ -42,7 +42,7 @@ class Ends:
         def cut(model: Any) -> None:
             _, blocks = find_blocks(model.base_model, checkpoint.num_blocks)
             relays.append(_Relay(blocks[0]))
-            replace_blocks(model.base_model, checkpoint.num_blocks, Span(0, 1), relays)
+            replace_blocks(model.base_model, checkpoint.num_blocks, [0], relays)
 
         self.module: Any = build_model(config, checkpoint.load_ends(), dtype=dtype, cut=cut, name=checkpoint.name)
         self.module.to(device)
@@ -55,16 +55,22 @@ class Ends:
         with torch.inference_mode(), quiet_libraries():
             probe = torch.randn(2, 3, self.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
             probe = probe.to(self.device)
-            if not self._find_shape_of_block_outputs(probe):
+            try:
+                misfit = self._find_misfit(probe)
+            except LIBRARY_ERRORS as error:
+                misfit = f"it does not run without its blocks ({(str(error).splitlines() or [type(error).__name__])[0][:160]})"
+            if misfit is not None:
                 raise UserError(
-                    f"{checkpoint.name} ({config.model_type}) cannot be served: its ends do not run without its blocks"
-                )
-            if not self._may_embed_in_parts():
-                raise UserError(
-                    f"{checkpoint.name} ({config.model_type}) cannot be served: tokens cannot be embedded at a given position"
+                    f"{checkpoint.name} ({config.model_type}) cannot be served: {misfit}; choose another model"
                 )
             self._norm = self._find_norm(probe)
             self._embeds_directly = self._may_embed_directly()
+
+    def quicken_head(self, numeric_class: str) -> None:
+        """Let the head compute in "bf16" or "int8" where nothing is trained, at the cost of weights of its own for that; "fp32": no."""
+        head = self.lm_head
+        if numeric_class != "fp32" and type(head) is nn.Linear and self.dtype == torch.float32:
+            self._fast_head = FastHead(head, numeric_class)
 
     @property
     def device(self) -> torch.device:
@@ -143,10 +149,10 @@ class Ends:
 
     def _catch(self, given: Tensor, options: dict[str, Any]) -> Tensor:
         self._relay.injected = None
+        # Some families change embeddings in place.
+        tokens = {"input_ids": given} if given.dtype == torch.long else {"inputs_embeds": given.clone()}
         try:
-            self._base(
-                use_cache=False, **{"input_ids" if given.dtype == torch.long else "inputs_embeds": given}, **options
-            )
+            self._base(use_cache=False, **tokens, **options)
         except _Caught as caught:
             return caught.hidden
         raise UserError("this model does not run its blocks one after another; it cannot be served")
@@ -178,6 +184,21 @@ class Ends:
         finally:
             self._relay.injected = None
 
+    def _find_misfit(self, probe: Tensor) -> str | None:
+        """Why this family's ends cannot be told from its blocks; None if they can."""
+        padding = getattr(self.module.config, "pad_token_id", None)
+        ids = torch.tensor([[i % self.vocab_size for i in range(6) if i != padding][:5]], device=self.device)
+        embedded = self.embed(ids)
+        if embedded.ndim != 3:
+            return "what goes from block to block is not one hidden state for each token"
+        if not self._find_shape_of_block_outputs(probe):
+            return "its ends do not run without its blocks"
+        if not self._may_embed_in_parts(ids, embedded):
+            return "tokens cannot be embedded at a given position"
+        if not torch.equal(self.embed_whole(ids), embedded):
+            return "it does not count positions from 0, as generate() does"
+        return None
+
     def _find_shape_of_block_outputs(self, probe: Tensor) -> bool:
         """Find out whether this family's blocks return a plain tensor or a tuple: with the wrong one, logits have a wrong shape."""
         for num_extra_outputs in (None, 0, 1, 2):
@@ -190,10 +211,9 @@ class Ends:
                 return True
         return False
 
-    def _may_embed_in_parts(self) -> bool:
-        """Whether tokens get the same embedding alone as after others (but for rounding, if a projection follows)."""
-        ids = torch.arange(5, device=self.device)[None] % self.vocab_size
-        whole, tail = self.embed(ids), self.embed(ids[:, 3:], position=3)
+    def _may_embed_in_parts(self, ids: Tensor, whole: Tensor) -> bool:
+        """Whether five tokens get the same embedding alone as after others (but for rounding, if a projection follows)."""
+        tail = self.embed(ids[:, 3:], position=3)
         if whole.shape != (1, 5, self.hidden_size):
             return False
         error = (whole[:, 3:] - tail).abs().max() / whole.abs().max()
@@ -222,7 +242,7 @@ class Ends:
         for module in self._base.modules():
             parameters = list(module.parameters())
             is_norm = parameters and all(parameter.shape == (self.hidden_size,) for parameter in parameters)
-            if is_norm and torch.equal(head(module(probe)), expected):
+            if is_norm and self._relay not in module.modules() and torch.equal(head(module(probe)), expected):
                 found.append(module)
         return found[0] if len(found) == 1 else None  # of equal norms (bloom's, untrained) nobody can tell which it is
 

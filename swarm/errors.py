@@ -55,6 +55,10 @@ class Busy(SwarmError):
     """This peer has no room now; another peer, or the same one later."""
 
 
+class SessionEvicted(Busy):
+    """This peer ended the session to make room for an older one; open another, there or elsewhere, and replay."""
+
+
 class MicrobatchGone(SwarmError):
     """This peer keeps nothing (any more) of a microbatch; send its input again with the gradient."""
 

@@ -122,13 +122,17 @@ announce_option = click.option(
     metavar="MULTIADDR",
     help="Address to tell others instead of the one listened on (port forwarding).",
 )
-log_level_option = click.option(
-    "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
-    default="info",
-    show_default=True,
-    help="Log to stderr from this level up.",
-)
+
+
+def log_level_option(default: str) -> Callable[[Command], Command]:
+    """--log-level, for configure_logging."""
+    return click.option(
+        "--log-level",
+        type=click.Choice(["debug", "info", "warning", "error"]),
+        default=default,
+        show_default=True,
+        help="Log to stderr from this level up.",
+    )
 
 
 def configure_logging(level: str) -> None:

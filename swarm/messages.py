@@ -13,12 +13,12 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from protos import node_pb2
-from swarm.errors import BadReply, BadRequest, Busy, MicrobatchGone, Outdated, PeerFailed, SwarmError
+from swarm.errors import BadReply, BadRequest, Busy, MicrobatchGone, Outdated, PeerFailed, SessionEvicted, SwarmError
 from swarm.tensors import Buffer, WireFormat, decode_tensors, encode_tensor
 
 NODE_PROTOCOL = "shardswarm/node"  # libp2p protocol id of the streams that nodes serve; versions meet inside
 PROTOCOL_MAJOR = 1
-PROTOCOL_MINOR = 3
+PROTOCOL_MINOR = 4
 SOFTWARE = "shardswarm 0.1.0"
 MAX_HEADER_BYTES = 64 * 1024
 MAX_TENSORS = 8
@@ -41,6 +41,7 @@ _ERROR_OF_CODE: dict[int, type[SwarmError]] = {
     node_pb2.THE_MICROBATCH_IS_TOO_LARGE: BadRequest,
     node_pb2.THE_EPOCH_IS_ANOTHER: Outdated,
     node_pb2.THE_RUN_IS_ANOTHER: PeerFailed,
+    node_pb2.THIS_SESSION_MADE_ROOM: SessionEvicted,
 }
 
 

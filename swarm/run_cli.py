@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from swarm.flags import RunIdType, configure_logging, initial_peers_option
+from swarm.flags import RunIdType, configure_logging, initial_peers_option, log_level_option
+from swarm.light_start import quick_imports
 
 
 def run_options(*, peers_required: bool, timeout_s: float = 15.0) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -28,12 +29,7 @@ def run_options(*, peers_required: bool, timeout_s: float = 15.0) -> Callable[[C
             help="Bound on joining the swarm, and on its answer.",
         ),
         click.option("--cache-dir", type=click.Path(path_type=Path), help="Where runs are kept."),
-        click.option(
-            "--log-level",
-            type=click.Choice(["debug", "info", "warning", "error"]),
-            default="warning",
-            show_default=True,
-        ),
+        log_level_option("warning"),
     ]
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,7 +145,8 @@ def run_restore(
     Prints the run id. It is the same run, with the rules and the orders of its owner.
     """
     configure_logging(log_level)
-    from swarm.training.run_folder import restore_run
+    with quick_imports():
+        from swarm.training.run_folder import restore_run
 
     restored = restore_run(folder, cache_dir, stages)
     store = restored.store
@@ -213,7 +210,8 @@ def _owner_command(name: str) -> Callable[[Callable[..., Any]], Callable[..., An
 
 def _say(method: str, flags: dict[str, Any], *arguments: object, **options: object) -> None:
     configure_logging(flags.pop("log_level"))
-    from swarm.client import owner
+    with quick_imports():
+        from swarm.client import owner
 
     run_id, initial_peers = flags.pop("run_id"), flags.pop("initial_peers")
     hand = owner.Owner(run_id, initial_peers, **flags)

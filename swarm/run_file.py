@@ -32,7 +32,7 @@ from swarm.run_spec import (
     num_blocks_of,
 )
 from swarm.span import Span
-from swarm.tensors import WireFormat
+from swarm.wire_format import WireFormat
 
 Kind = TypeVar("Kind", bound=enum.StrEnum)
 

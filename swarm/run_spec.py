@@ -22,7 +22,6 @@ from swarm.identity import Identity, public_key_of, verify_signature
 from swarm.model_spec import DIGEST_BYTES, MAX_BLOCKS
 from swarm.run_id import RUN_ID_BYTES, make_run_id, parse_run_id
 from swarm.span import Span
-from swarm.tensors import WireFormat
 from swarm.value_checks import (
     check_digests,
     check_number,
@@ -32,6 +31,7 @@ from swarm.value_checks import (
     is_path_below,
     require,
 )
+from swarm.wire_format import WireFormat
 
 __all__ = [
     "MAX_CONFIG_BYTES",

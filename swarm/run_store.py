@@ -23,6 +23,7 @@ from typing import Any
 
 from swarm.cache import cache_root, disk_error
 from swarm.errors import UserError
+from swarm.run_orders import Orders, open_orders
 from swarm.run_spec import DataSpec, RunSpec, certified_run_id, open_spec
 from swarm.tokenizer_files import load_tokenizer
 
@@ -168,6 +169,10 @@ class RunStore:
             return b""
         except OSError as error:
             raise disk_error(self.folder, error) from error
+
+    def open_orders(self, raw: bytes) -> Orders:
+        """Signed orders, from anywhere; of b"" NO_ORDERS. ValueError, naming the reason, if the run's owner did not sign them."""
+        return open_orders(raw, self.run_id, self.owner)
 
     def keep_orders(self, raw: bytes) -> None:
         """In the place of those that were kept. Raises UserError."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from node.backend.linear_choice import LinearChoice
-from node.backend.quantize import Codes, Int4Codes, Int8Codes, quantize
-from node.numeric_class import NUMERIC_CLASSES
+from swarm.linears.choice import LinearChoice
+from swarm.linears.quantize import Codes, Int4Codes, Int8Codes, quantize
+from swarm.numeric_class import NUMERIC_CLASSES
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from swarm.run_store import RunStore
 from swarm.training.copies import Copy, CopyStore, CopyWatch
 from swarm.training.layout import layout_of
 from swarm.training.membership import Membership
+from swarm.training.parameters import num_vectors_of
 from swarm.training.requests import Donor
-from swarm.training.run_folder import num_vectors_of
 from swarm.training.run_host import RunHost
 from swarm.training.saved_transfer import donors_of, fetch_state
 
@@ -65,7 +65,7 @@ class Copier:
         head, state = await fetch_state(
             self._run_host.host, self._store.run_id, copy.stage, copy.place, donors, size, num_vectors
         )
-        self._membership.course.check(head.saved.commit)
+        self._membership.hear_orders_of(head.saved.commit)
         await asyncio.to_thread(self._copies.keep, copy, head.saved.commit, state)
         log.info("copy kept stage=%d epoch=%d: few others have it", copy.stage, copy.place.epoch)
         self._membership.has_news()

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from node.claims import Claimant, claim_of_stage
 from node.config import NodeConfig
 from node.device_share import Purpose
 from node.executor import Executor
@@ -19,7 +20,7 @@ from node.training.device_work import DeviceWork
 from node.training.frozen_blocks import FrozenBlocks
 from node.training.keeper import Keeper
 from node.training.live import LiveModels
-from node.training.placement import choose_stage, must_yield, withdrawn
+from node.training.placement import choose_stage, withdrawn
 from node.training.service import StageService
 from node.training.stage import TrainableStage
 from swarm.ending import cancelled
@@ -36,9 +37,6 @@ from swarm.training.membership import Membership
 from swarm.training.run_host import RunHost
 
 log = logging.getLogger(__name__)
-
-_CHOICES_BEFORE_GIVING_UP = 5
-_CLAIM_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,18 +165,23 @@ async def _choose_stage(parts: NodeParts, store: RunStore) -> int:
     directory, own = parts.run_host.directory, parts.run_host.peer_id
     here = saved_stages(store) or parts.frozen.stages_here(store.spec)
     addresses = await parts.run_host.host.record_addresses()
-    for _ in range(_CHOICES_BEFORE_GIVING_UP):
-        members = await directory.find_members(store.run_id, range(len(stages)))
-        stage = choose_stage([one for one in members if one.peer_id != own], len(stages), here)
+    claims: list[MemberRecord] = []
+
+    async def announce(stage: int) -> None:
+        if claims and claims[-1].stage != stage:
+            await directory.publish_member(withdrawn(claims[-1]))
         claim = MemberRecord(
             peer_id=own, run_id=store.run_id, stage=stage, state=ShardState.JOINING, epoch=0, lineage=b"",
             expires_at=time.time() + parts.config.membership.record_lifetime_s, addresses=addresses, software=SOFTWARE,
             protocol_major=PROTOCOL_MAJOR, protocol_minor=PROTOCOL_MINOR,
         )  # fmt: skip
+        claims.append(claim)
         await directory.publish_member(claim)
-        await asyncio.sleep(_CLAIM_S)  # whoever chose at the same time has said so by then
-        if len(here) == 1 or not must_yield(claim, await directory.find_members(store.run_id, [stage])):
-            break
-        log.info("stage taken by another joiner stage=%d", stage)
-        await directory.publish_member(withdrawn(claim))
-    return stage
+
+    return await Claimant(
+        own,
+        find=lambda: directory.find_members(store.run_id, range(len(stages))),
+        choose=lambda others: choose_stage(others, len(stages), here),
+        claim_of=claim_of_stage,
+        announce=announce,
+    ).claim()

@@ -15,14 +15,14 @@ import time
 from torch import Tensor
 
 from node.announcer import Announcer
+from node.backend.step_engine import StepEngine
 from node.config import NodeConfig
 from node.device_share import Purpose
 from node.executor import Executor
 from node.job_queue import JobKind
-from node.kv_cache import SessionTable, session_limits_of
-from node.microbatches import Microbatches, microbatch_limits_of
 from node.precision import class_of_run
 from node.service import NodeService
+from node.serving import load_engine, serve_shard
 from node.shard import Shard, load_shard
 from node.throughput import Throughput, measure_throughput
 from node.training.frozen_blocks import FrozenBlocks
@@ -91,7 +91,7 @@ class LiveModels:
         span, config = self._store.spec.stages[self._stage], self._config
         precision = class_of_run(config.precision, self._store.spec)
 
-        def load() -> tuple[Shard, str]:
+        def load() -> tuple[Shard, StepEngine, str]:
             self._layout = self._layout or layout_of(self._store.spec)
             model = RunModel(self._store, place, {self._stage: values}, self._layout)
             if isinstance(self._layout, AdapterLayout):
@@ -100,18 +100,17 @@ class LiveModels:
                 shard = load_shard(model, span, precision=precision, device=config.device)
             if self._throughput is None:
                 self._throughput = measure_throughput(shard.model, config.threads)
-            return shard, model.name
+            return shard, load_engine(shard, config, num_models=NUM_LIVE), model.name
 
         try:
-            shard, name = await self._executor.run(load, JobKind.BACKWARD)
+            shard, engine, name = await self._executor.run(load, JobKind.BACKWARD)
         except SwarmError as error:
             log.warning("weights not served epoch=%d reason=%s", place.epoch, error)
             return
         if shard.model_digest in self._live:
             return
-        sessions = SessionTable(session_limits_of(config, num_models=NUM_LIVE), shard.cache_bytes_per_token)
-        microbatches = Microbatches(shard, self._executor, microbatch_limits_of(config, num_models=NUM_LIVE))
-        service = NodeService(shard, name, self._executor, sessions, microbatches)
+        assert self._throughput is not None
+        service = serve_shard(shard, name, engine, self._executor, config, self._throughput, num_models=NUM_LIVE)
         announcer = Announcer(self._run_host.directory, await self._record(shard, name), config.record_lifetime_s)
         await announcer.announce()
         renewal = asyncio.create_task(announcer.keep_alive())

@@ -28,18 +28,12 @@ def choose_stage(members: Iterable[MemberRecord], num_stages: int, saved: Collec
     return min(candidates, key=lambda stage: (rates[stage], counts[stage], stage))
 
 
-def must_yield(claim: MemberRecord, others: Iterable[MemberRecord]) -> bool:
-    """Whether a joiner should choose again: another one chose the same stage at the same time and has the smaller peer id.
-
-    Records of joiners that have chosen say a lineage.
-    """
-    rivals = (other for other in others if other.state == ShardState.JOINING and not other.lineage)
-    return any(other.stage == claim.stage and other.peer_id < claim.peer_id for other in rivals)
-
-
 def withdrawn(claim: MemberRecord) -> MemberRecord:
-    """What takes a claim back: the DHT keeps the record that expires last. A run's start has its id for a lineage."""
-    return replace(claim, state=ShardState.LEAVING, lineage=claim.run_id, expires_at=claim.expires_at + 0.1)
+    """What takes a claim back: the DHT keeps the record that expires last. A run's start has its id for a lineage.
+
+    A later claim of the same stage expires later than this: between the two lie some requests to the DHT, of 4 ms at least.
+    """
+    return replace(claim, state=ShardState.LEAVING, lineage=claim.run_id, expires_at=claim.expires_at + 0.002)
 
 
 def is_keeper_needed(

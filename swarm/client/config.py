@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swarm.errors import UserError
-from swarm.tensors import WireFormat
+from swarm.numeric_class import HEAD_CLASSES
+from swarm.wire_format import WireFormat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,7 @@ class ClientConfig:
     records_max_age_s: float = 10.0
     """Records older than this are fetched again before a route is planned."""
     wire: WireFormat | str = WireFormat.BF16
-    """How hidden states and gradients of microbatches travel: fp32, bf16 or int8 (swarm/tensors.py states each one's error).
+    """How hidden states and gradients of microbatches travel: fp32, bf16 or int8 (swarm/wire_format.py states each one's error).
     Sessions always send what they have."""
     microbatch_tokens: int = 512
     """A batch is split, by rows, into microbatches of at most so many tokens (at least one row)."""
@@ -37,6 +38,8 @@ class ClientConfig:
     """Microbatches under way at the same time; a node grants one client 8 streams."""
     microbatch_timeout_s: float = 120.0
     """Bound on one microbatch through all blocks, one way, with all its retries."""
+    precision: str = "auto"
+    """What the LM head computes in while nothing is trained: fp32, bf16, int8; auto: as fine as the finest nodes of the model."""
     dropout: bool = False
     """Whether the model's own dropout is on while it is in train mode; it follows from torch's random state."""
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
@@ -49,6 +52,8 @@ class ClientConfig:
             )
         if self.wire not in list(WireFormat):
             raise UserError(f"wire must be one of {', '.join(WireFormat)}, got {self.wire!r}")
+        if self.precision not in ("auto", *HEAD_CLASSES):
+            raise UserError(f"precision must be one of auto, {', '.join(HEAD_CLASSES)}, got {self.precision!r}")
         if self.max_in_flight > 8:
             raise UserError(f"max_in_flight must be 1 to 8, got {self.max_in_flight}")
         counts = ("microbatch_tokens", "max_in_flight", "microbatch_timeout_s")

@@ -10,14 +10,16 @@ from collections.abc import AsyncIterator
 
 from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.client.config import ClientConfig
+from swarm.client.joining import open_directory
 from swarm.client.microbatch import RemoteBlocks
 from swarm.client.router import Router
 from swarm.client.run_client import open_run_model
 from swarm.client.session import Session
 from swarm.ends import Ends
 from swarm.errors import RouteBroken
+from swarm.numeric_class import head_class_for
 from swarm.p2p.directory import Directory
-from swarm.p2p.host import Host, HostConfig, running_host
+from swarm.p2p.host import Host
 from swarm.records import ShardRecord, ShardState
 from swarm.training.run_model import RunModel, parse_run_model
 
@@ -43,19 +45,6 @@ class SwarmClient:
     def session(self, *, batch: int = 1, max_length: int) -> Session:
         """A session of `batch` rows of at most max_length tokens; open it with `async with`."""
         return Session(self.host, self.router, self.config, batch=batch, max_length=max_length)
-
-
-@contextlib.asynccontextmanager
-async def open_directory(config: ClientConfig) -> AsyncIterator[tuple[Host, Directory]]:
-    """Join the swarm's DHT as a client. Raises JoinFailed."""
-    async with running_host(HostConfig(listen=config.listen)) as host:
-        directory = await Directory.join(
-            host, list(config.initial_peers), serves=False, timeout_s=config.join_timeout_s
-        )
-        try:
-            yield host, directory
-        finally:
-            await directory.close()
 
 
 @contextlib.asynccontextmanager
@@ -89,6 +78,9 @@ async def _open_served(directory: Directory, config: ClientConfig) -> tuple[Chec
 
     checkpoint, ends, expected = await asyncio.to_thread(load)
     namesakes = served if checkpoint.name == config.model else await _find_name(directory, config, checkpoint.name)
+    classes = {record.numeric_class for record in namesakes if record.state == ShardState.ONLINE}
+    head_class = head_class_for(classes) if config.precision == "auto" else config.precision
+    await asyncio.to_thread(ends.quicken_head, head_class)
     return checkpoint, ends, Router(directory, checkpoint.spec, expected, config, namesakes)
 
 

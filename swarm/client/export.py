@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,14 +18,13 @@ import uvloop
 from torch import Tensor
 
 from swarm.client.config import ClientConfig
-from swarm.client.connect import open_directory
+from swarm.client.joining import open_directory
 from swarm.epoch.messages import Commit, Place
 from swarm.errors import BadReply, PeerFailed, UserError
 from swarm.member_record import MemberRecord
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host
-from swarm.records import ShardState
-from swarm.run_orders import Orders, open_orders
+from swarm.run_orders import Orders
 from swarm.run_spec import RunSpec
 from swarm.run_store import RunStore
 from swarm.terminal import ProgressBar
@@ -34,11 +33,12 @@ from swarm.training.course import RunCourse
 from swarm.training.find_run import find_run
 from swarm.training.hf_checkpoint import made_at_once, require_space, write_hf_checkpoint
 from swarm.training.layout import Layout, layout_of
+from swarm.training.parameters import num_vectors_of
 from swarm.training.peft_checkpoint import write_peft_checkpoint
 from swarm.training.rollback import complete_places, newest, saved_by_stage
-from swarm.training.run_folder import RUN_FOLDER, num_vectors_of, states_of
+from swarm.training.run_folder import RUN_FOLDER, states_of
 from swarm.training.saved_transfer import donors_of, fetch_saved, fetch_state
-from swarm.training.standing import ask_standings
+from swarm.training.standing import hear_members
 
 T = TypeVar("T")
 
@@ -154,12 +154,10 @@ class RunMembers:
 
     async def hear_orders(self, records: Sequence[MemberRecord], commit: Commit | None) -> bytes:
         """The newest signed orders of the run's owner that somebody knows; what they name is among the run's files from now on."""
-        present = [record for record in records if record.state != ShardState.LEAVING]
-        standings = await ask_standings(self._host, self.store, present)
         course = RunCourse(self.store)
-        for raw in (b"" if commit is None else commit.orders, *(standing.orders for standing in standings.values())):
-            with contextlib.suppress(BadReply):  # what somebody else has made
-                course.hear(raw)
+        if commit is not None:
+            course.hear(commit.orders)
+        await hear_members(self._host, course, records)
         return course.newest_raw
 
 
@@ -186,7 +184,7 @@ async def export_checkpoint(
     """Fetch and write it, all or nothing. Raises UserError if the disk is full or fails, PeerFailed if members do."""
     store, sizes = members.store, [members.layout.size(stage) for stage in range(members.store.spec.num_stages)]
     bytes_each = dtype.itemsize + (4 * num_vectors_of(store.spec) if with_moments else 0)
-    with _made_at(out) as folder:
+    with made_at_once(out) as folder:
         require_space(folder, bytes_each * sum(sizes))
         run_folder = folder.parent / RUN_FOLDER if with_moments else None
         await members.fetch_artifacts()
@@ -217,17 +215,11 @@ async def export_checkpoint(
 def _orders_at(store: RunStore, commit: Commit | None) -> Orders:
     """In force after a commit. BadReply if the owner did not give them."""
     try:
-        return open_orders(b"" if commit is None else commit.orders, store.run_id, store.owner)
+        return store.open_orders(b"" if commit is None else commit.orders)
     except ValueError as error:
         raise BadReply(
             f"the state of epoch {0 if commit is None else commit.epoch + 1} cannot be used: {error}"
         ) from error
-
-
-@contextlib.contextmanager
-def _made_at(out: Path) -> Iterator[Path]:
-    with disk_errors(out), made_at_once(out.resolve()) as folder:
-        yield folder
 
 
 async def to_its_end(function: Callable[[], T]) -> T:
@@ -238,19 +230,6 @@ async def to_its_end(function: Callable[[], T]) -> T:
     except asyncio.CancelledError:
         await asyncio.wait([running])
         raise
-
-
-@contextlib.contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """What an error of the disk means for the user."""
-    try:
-        yield
-    except (TimeoutError, ConnectionError):  # which are OSErrors, too
-        raise
-    except OSError as error:
-        raise UserError(
-            f"cannot write {out} ({error.strerror or error}): free some space on its disk, or choose another folder"
-        ) from error
 
 
 def _what_is_missing(

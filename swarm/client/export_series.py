@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 import uvloop
 
-from swarm.client.export import Exported, RunMembers, disk_errors, export_checkpoint, members_of, to_its_end
+from swarm.client.export import Exported, RunMembers, export_checkpoint, members_of, to_its_end
 from swarm.ending import cancelled
 from swarm.epoch.messages import Place
 from swarm.errors import PeerFailed, UserError
 from swarm.member_record import MemberRecord
 from swarm.signals import Signals
+from swarm.training.hf_checkpoint import disk_errors
 from swarm.training.rollback import complete_places, newest, saved_by_stage
 from swarm.training.run_folder import place_of
 

@@ -43,6 +43,7 @@ class Look:
     """The run at one moment."""
 
     records: tuple[MemberRecord, ...]
+    """Of those who do not leave."""
     standings: Mapping[tuple[str, int], Standing]
     orders: Orders
     """The newest that somebody knows."""
@@ -99,7 +100,7 @@ class Owner:
         other = None if data is None else self._read_data(data)
 
         async def steer(run: _Steering) -> str:
-            def change(orders: Orders, now: int, named: int) -> Orders:
+            def change(orders: Orders, named: int) -> Orders:
                 return orders.amended(Amendment(epoch=named, data=other, **changes))  # type: ignore[arg-type]
 
             if other is not None:
@@ -129,7 +130,7 @@ class Owner:
 
     def end(self, epoch: int | None = None) -> str:
         async def steer(run: _Steering) -> str:
-            def change(orders: Orders, now: int, named: int) -> Orders:
+            def change(orders: Orders, named: int) -> Orders:
                 return orders.amended(Amendment(epoch=named, num_epochs=named))
 
             return f"the run ends after {await run.name_epoch(change, epoch, is_end=True)} epochs{await run.in_force()}"
@@ -140,7 +141,7 @@ class Owner:
         async def steer(run: _Steering) -> str:
             if run.store.spec.held_out is None:
                 raise UserError("this run has no held-out data: there is nothing to evaluate on")
-            named = await run.name_epoch(lambda orders, now, named: orders.with_eval(named), epoch)
+            named = await run.name_epoch(Orders.with_eval, epoch)
             while True:
                 look = await run.look()
                 for standing in look.standings.values():
@@ -148,7 +149,7 @@ class Owner:
                         return "epoch {}: held-out loss {:.4f}".format(*standing.evaluation)
                 if look.place.epoch > named + 2:
                     raise UserError(f"epoch {named} is over without a finite held-out loss: the run may have diverged")
-                await run.pause(
+                await run.wait(
                     f"epoch {named}, which evaluates, is not over yet: `swarm run status` shows its loss later"
                 )
 
@@ -179,7 +180,7 @@ class Owner:
                 if all(one.place.era >= goal.era for who, one in look.standings.items() if who in members):
                     paused = "; it is paused" if look.orders.is_paused else ""
                     return f"the run went back to epoch {epoch}{paused}"
-                await run.pause("not all members have gone back yet: `swarm run status` shows where they are")
+                await run.wait("not all members have gone back yet: `swarm run status` shows where they are")
 
         return self._steer(steer)
 
@@ -269,11 +270,11 @@ class _Steering:
         await asyncio.gather(*map(give, first))
 
     async def name_epoch(
-        self, change: Callable[[Orders, int, int], Orders], epoch: int | None, *, is_end: bool = False
+        self, change: Callable[[Orders, int], Orders], epoch: int | None, *, is_end: bool = False
     ) -> int:
         """Say that something is to happen in an epoch: in this one, or the next of which all can hear in time.
 
-        change(orders, epoch now, epoch named). is_end: what is to happen is the run's end, or another end.
+        change(orders, epoch named). is_end: what is to happen is the run's end, or another end.
         """
         for notice in _NOTICES if epoch is None else (0,):
             named = 0
@@ -288,7 +289,7 @@ class _Steering:
                 end = look.orders.planned_end(self.store.spec)
                 if named > end or (named == end and not is_end):
                     raise UserError(f"the run ends after {end} epochs, before the change in epoch {named} could hold")
-                return change(look.orders, now, named)
+                return change(look.orders, named)
 
             await self.give(decide)
             if await self._is_in_time(named):
@@ -327,6 +328,7 @@ class _Steering:
         look = await self.look()
         return "" if self._are_in_force(look) else "; the members know it, and take it up with the run's next step"
 
-    async def pause(self, waits_for: str) -> None:
+    async def wait(self, waits_for: str) -> None:
+        """Before the next look. waits_for: what to tell the owner if there is no more time."""
         self.waits_for = waits_for
         await asyncio.sleep(_LOOK_AGAIN_S)

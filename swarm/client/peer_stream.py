@@ -11,7 +11,7 @@ from torch import Tensor
 
 from protos import node_pb2
 from swarm.client.config import ClientConfig
-from swarm.errors import BadReply, BadRequest, Busy, PeerFailed
+from swarm.errors import BadReply, BadRequest, Busy, PeerFailed, SessionEvicted
 from swarm.messages import NODE_PROTOCOL, decode_message, encode_message, error_of, versions_meet
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host
@@ -91,6 +91,8 @@ class PeerStream(Generic[HopT]):
             try:
                 await self._send(message, deadline)
                 return await self._reply(answer, deadline)
+            except SessionEvicted:
+                raise
             except Busy:
                 if time.monotonic() + pause_s > deadline:
                     raise

@@ -96,8 +96,7 @@ def fetch_run_status(
     ) -> tuple[RunStore, list[MemberRecord], dict[tuple[str, int], Standing]]:
         store = await find_run(directory, run_id, cache_dir, patience_s=0.0)
         records = await directory.find_members(run_id, range(store.spec.num_stages))
-        present = [record for record in records if record.state != ShardState.LEAVING]
-        return store, records, await ask_standings(host, store, present)
+        return store, records, await ask_standings(host, store, records)
 
     store, records, standings = in_swarm(initial_peers, timeout_s, fetch)
     orders, _ = newest_orders([one.orders for one in standings.values()], store)

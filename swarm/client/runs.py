@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from swarm.client.config import ClientConfig
-from swarm.client.connect import open_directory
+from swarm.client.joining import open_directory
 from swarm.errors import RouteBroken, UserError
 from swarm.p2p.directory import Directory
 from swarm.p2p.host import Host

@@ -210,21 +210,35 @@ class Session:
             except (PeerFailed, Busy) as next_error:
                 error = next_error
                 await asyncio.gather(*(hop.aclose() for hop in hops))
+                if time.monotonic() > deadline:
+                    raise
 
     async def _give_up(self, hop: RemoteHop, error: SwarmError) -> None:
         log.warning("hop lost peer=%s span=%s reason=%s", hop.peer_id[-8:], hop.span, error)
-        self._router.health.failed(hop.peer_id, now=time.monotonic(), blame=isinstance(error, BadReply))
+        if not isinstance(error, Busy):  # nothing is wrong with a peer that is full
+            self._router.health.failed(hop.peer_id, now=time.monotonic(), blame=isinstance(error, BadReply))
         await hop.aclose()
 
     async def _open_replacement(self, lost: RemoteHop, error: SwarmError | None, deadline: float) -> list[RemoteHop]:
-        """Hops for the lost one's blocks: of its numeric class if anybody has it, else of any."""
+        """Hops for the lost one's blocks: of its numeric class if anybody has it, else of any.
+
+        A peer that had no room is asked again when nobody else can be, as long as there is time: its older sessions will end.
+        """
+        full: dict[str, SwarmError] = {lost.peer_id: error} if isinstance(error, Busy) else {}
         try:
-            return await self._open_hops(lost.span, deadline, patience_s=0.0, numeric_class=lost.numeric_class)
+            return await self._open_hops(
+                lost.span, deadline, patience_s=0.0, numeric_class=lost.numeric_class, full=full
+            )
         except (RouteBroken, Busy, SessionFull):
             # Weights of a run go when newer ones come: nobody brings them back.
             patience_s = self._config.patience_s if self._router.is_fleeting else None
             try:
-                return await self._open_hops(lost.span, deadline, patience_s=patience_s)
+                return await self._open_hops(
+                    lost.span,
+                    deadline,
+                    patience_s=deadline - time.monotonic() if full else patience_s,
+                    full=full,
+                )
             except RouteBroken as broken:
                 raise broken if error is None else RouteBroken(f"{error}, and {broken}") from error
 
@@ -244,14 +258,21 @@ class Session:
                 raise
 
     async def _open_hops(
-        self, wanted: Span, deadline: float, *, numeric_class: str | None = None, patience_s: float | None = None
+        self,
+        wanted: Span,
+        deadline: float,
+        *,
+        numeric_class: str | None = None,
+        patience_s: float | None = None,
+        full: dict[str, SwarmError] | None = None,
     ) -> list[RemoteHop]:
         """Sessions on every hop of the best route over wanted; other routes when peers fail or are full.
 
+        full: peers that had no room a moment ago, and what they said.
         Raises RouteBroken, SessionFull (no peer's cache is large enough) or Busy (all stay full until the deadline).
         """
         started, pause_s = time.monotonic(), 0.3
-        full: dict[str, SwarmError] = {}
+        full = dict(full or {})
         while True:
             try:
                 route = await self._router.plan(

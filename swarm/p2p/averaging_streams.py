@@ -12,7 +12,7 @@ from swarm.errors import PeerFailed
 from swarm.exchange import ExchangeMember, Patience, RateMeter, Verdict
 from swarm.p2p.framing import FramedStream, FrameKind
 from swarm.p2p.host import Host
-from swarm.tensors import Buffer
+from swarm.wire_format import Buffer
 
 EXCHANGE_PROTOCOL = "shardswarm/exchange"
 _LAST_WORDS_TIMEOUT_S = 1.0

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from swarm.errors import BadReply, PeerFailed
-from swarm.tensors import Buffer
+from swarm.wire_format import Buffer
 
 log = logging.getLogger(__name__)
 

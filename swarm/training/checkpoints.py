@@ -19,7 +19,6 @@ from torch import Tensor
 
 from swarm.epoch.messages import Commit, Place, Term, place_after
 from swarm.errors import BadRequest, UserError
-from swarm.run_orders import open_orders
 from swarm.run_store import RunStore
 from swarm.training.journal import Journal, KeptSum
 from swarm.training.outcome import apply_commit
@@ -59,13 +58,20 @@ def states_to_keep(
 ) -> set[Place]:
     """Of a member's saved states (newest first): the newest complete ones, the newest of all, and newer ones that may become complete.
 
+    A state of a history that the run has left is not counted as complete: nobody goes back to it, but the one before may be wanted.
     seen: what each stage has on some disk, this member's own included. safe: the newest of which no state hangs on one disk.
     """
-    complete = [place for place in own if is_complete(place, seen, num_stages)][:NUM_COMPLETE]
+    still_followed = [place for place in own if not any(_was_left_for(place, other) for other in own)]
+    complete = [place for place in still_followed if is_complete(place, seen, num_stages)][:NUM_COMPLETE]
     oldest = complete[-1] if len(complete) == NUM_COMPLETE else None
     kept = {*complete, *(place for place in own if place == safe)}
     newer = [place for place in own if (oldest is None or place.rank <= oldest.rank) and place not in kept]
     return {*kept, *newer[: _MAX_KEPT - len(kept)]}
+
+
+def _was_left_for(place: Place, other: Place) -> bool:
+    """Whether the run has gone back behind a place: it has come as far again in a newer era."""
+    return other.era > place.era and other.epoch <= place.epoch
 
 
 class Checkpoints:
@@ -136,19 +142,19 @@ class Checkpoints:
         self, place: Place, term: Term, attempt: int, vector: Tensor, state_here: Callable[[], Awaitable[Saving]]
     ) -> None:
         """Before the only replica of a stage reports: what it would take to step again. state_here: the state at that place."""
-        if place != self._journal_end and not self._has(place):
+        if place != self._journal_end and not self._can_resume_at(place):
             await self.wait()
             await self.save(*await state_here())
-            if not self._has(place):
+            if not self._can_resume_at(place):
                 return  # without that state the sum is worth nothing
         try:
             await asyncio.to_thread(self._journal.write_sum, place, term, attempt, vector)
         except UserError as error:
             log.error("sum not kept epoch=%d reason=%s", place.epoch, error)
 
-    def _has(self, place: Place) -> bool:
-        """Whether a restart could begin there."""
-        return any(one.leads_to(place) for one in (*self.places, Place(0, self._run_id)))
+    def _can_resume_at(self, place: Place) -> bool:
+        """Whether a restart could begin there: where the run began needs no state on this disk."""
+        return self.has_saved(place) or Place(0, self._run_id).leads_to(place)
 
     def has_saved(self, place: Place) -> bool:
         """Whether the state there is on this disk."""
@@ -216,8 +222,8 @@ class Checkpoints:
     def is_checkpoint(self, commit: Commit) -> bool:
         """Whether all stages and the ends save the state after a commit."""
         spec, epoch = self._store.spec, commit.after.epoch
-        orders = open_orders(commit.orders, self._run_id, self._store.owner)
-        return epoch % spec.checkpoint_every == 0 or epoch >= orders.num_epochs(spec, epoch)
+        end = self._store.open_orders(commit.orders).num_epochs(spec, epoch)
+        return epoch % spec.checkpoint_every == 0 or epoch >= end
 
     def newest_checkpoint(self) -> Place | None:
         """Of those on this disk that all stages save."""

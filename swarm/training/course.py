@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from swarm.epoch.messages import EARLY, Commit, Place, Rules
 from swarm.errors import BadReply, UserError
-from swarm.run_orders import NO_ORDERS, Orders, open_orders
+from swarm.run_orders import NO_ORDERS, Orders
 from swarm.run_spec import DataSpec, RunSpec
 from swarm.run_store import RunStore
 
@@ -27,7 +27,7 @@ class RunCourse:
     """What the owner has said, as far as it is known here."""
 
     def __init__(self, store: RunStore) -> None:
-        self._store = store
+        self.store = store
         self.spec, self.run_id = store.spec, store.run_id
         # Asked for each microbatch: RunSpec checks itself whenever it is made.
         self._opened = functools.lru_cache(maxsize=16)(self._open)
@@ -51,7 +51,7 @@ class RunCourse:
             return False
         self._take(raw, orders)
         try:
-            self._store.keep_orders(raw)
+            self.store.keep_orders(raw)
         except UserError as error:
             log.error("orders not kept serial=%d reason=%s", orders.serial, error)
         return True
@@ -60,15 +60,10 @@ class RunCourse:
         self.newest, self.newest_raw = orders, raw
         for amendment in orders.amendments:
             if amendment.data is not None:
-                self._store.learn(amendment.data)
-
-    def check(self, commit: Commit | None) -> None:
-        """Hear the orders that it carries. BadReply if the owner did not give them."""
-        if commit is not None and commit.orders:
-            self.hear(commit.orders)
+                self.store.learn(amendment.data)
 
     def orders_of(self, commit: Commit | None) -> Orders:
-        """In force after a commit that was checked; None: at the start of the run."""
+        """In force after a commit whose orders were heard; None: at the start of the run."""
         return NO_ORDERS if commit is None else self._opened(commit.orders)
 
     def spec_after(self, commit: Commit | None) -> RunSpec:
@@ -124,7 +119,7 @@ class RunCourse:
 
     def _open(self, raw: bytes) -> Orders:
         """ValueError, naming the reason."""
-        orders = open_orders(raw, self.run_id, self._store.owner)
+        orders = self.store.open_orders(raw)
         for amendment in orders.amendments:
             orders.spec_at(self.spec, amendment.epoch)
         return orders

@@ -70,24 +70,17 @@ def write_hf_checkpoint(
     Raises UserError if `out` holds anything, the disk is full, dtype cannot hold the values, or a tokenizer file is missing;
     BadRequest if values are not those of the run's stages.
     """
-    out = out.resolve()
     layout = WeightLayout(store.spec)
     layout.check(values)
-    try:
-        with made_at_once(out) as folder:
-            require_space(folder, sum(vector.numel() for vector in values) * dtype.itemsize)
-            _write_weights(layout, values, folder, dtype, max_shard_bytes)
-            _write_configs(layout, folder, dtype)
-            for path in folder.glob("*.safetensors"):  # which that library writes for their owner alone
-                shutil.copymode(folder / "config.json", path)
-            copy_tokenizer(store, folder)
-            card = make_card(store, epoch, lineage, dtype, orders, loss, eval_loss)
-            (folder / CARD_FILE).write_text(card, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"cannot write {out} ({reason}): free some space on its disk, or choose another folder"
-        ) from error
+    with made_at_once(out) as folder:
+        require_space(folder, sum(vector.numel() for vector in values) * dtype.itemsize)
+        _write_weights(layout, values, folder, dtype, max_shard_bytes)
+        _write_configs(layout, folder, dtype)
+        for path in folder.glob("*.safetensors"):  # which that library writes for their owner alone
+            shutil.copymode(folder / "config.json", path)
+        copy_tokenizer(store, folder)
+        card = make_card(store, epoch, lineage, dtype, orders, loss, eval_loss)
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def read_hf_checkpoint(spec: RunSpec, folder: Path, stage: int) -> Tensor:
@@ -236,23 +229,42 @@ def _keep_blocks(blocks: nn.Module, wanted: Sequence[int] | Span) -> None:
 
 
 @contextlib.contextmanager
-def made_at_once(out: Path) -> Iterator[Path]:
-    """A new folder, which is at `out` once the block has ended, and gone if that raised. UserError if something is there."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} is there already and is not an empty folder: choose another folder")
-    missing = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
+def disk_errors(out: Path) -> Iterator[None]:
+    """What an error of the disk means for the user: UserError. Those of the network, which are OSErrors, too, pass as they are."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".partial-") as beside:
-            folder = Path(beside) / "checkpoint"  # the outer one is for its owner alone
-            folder.mkdir()
-            yield folder
-            folder.replace(out)
-    except BaseException:
-        for created in missing:
-            with contextlib.suppress(OSError):
-                created.rmdir()
+        yield
+    except (TimeoutError, ConnectionError):
         raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot write {out} ({reason}): free some space on its disk, or choose another folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def made_at_once(out: Path) -> Iterator[Path]:
+    """A new folder, which is at `out` once the block has ended, and gone if that raised.
+
+    UserError if something is there already, and for errors of the disk in the block (disk_errors).
+    """
+    out = out.resolve()
+    with disk_errors(out):
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise UserError(f"{out} is there already and is not an empty folder: choose another folder")
+        missing = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=out.parent, prefix=".partial-") as beside:
+                folder = Path(beside) / "checkpoint"  # the outer one is for its owner alone
+                folder.mkdir()
+                yield folder
+                folder.replace(out)
+        except BaseException:
+            for created in missing:
+                with contextlib.suppress(OSError):
+                    created.rmdir()
+            raise
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:

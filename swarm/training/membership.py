@@ -28,8 +28,9 @@ from swarm.errors import BadReply, BadRequest, UserError
 from swarm.exchange import ExchangeFailed, ExchangeMember
 from swarm.member_record import MAX_SAVED, MemberRecord
 from swarm.messages import PROTOCOL_MAJOR, PROTOCOL_MINOR, SOFTWARE
-from swarm.p2p.averaging import Exchanged, plan_exchange, share_out
+from swarm.p2p.averaging import Exchanged, plan_exchange
 from swarm.p2p.framing import FramedStream
+from swarm.p2p.shares import share_out
 from swarm.records import MAX_LIFETIME_S, ShardState
 from swarm.run_orders import Orders
 from swarm.run_spec import RunSpec
@@ -157,7 +158,7 @@ class Membership:
         self._state = ShardState.JOINING
         self._was_at_work, self._has_news, self._search_now = False, asyncio.Event(), asyncio.Event()
         self._stepped_at_s = time.monotonic()
-        self._last_eval: Commit | None = None
+        self._evaluation: tuple[int, float] | None = None
         self._addresses: tuple[str, ...] = ()
         self._leaderless_ticks = 0
         self._lost_at: dict[str, float] = {}
@@ -179,8 +180,8 @@ class Membership:
             parameters,
             checkpoints,
             self._links,
-            self.course,
             self.config,
+            self.hear_orders_of,
             self._events.put_nowait,
         )
 
@@ -445,7 +446,7 @@ class Membership:
         if isinstance(message, Commit):
             if not is_signed(message, self.run_id):
                 raise BadReply(f"peer {peer[-8:]} sent a commit that its leader did not sign")
-            self.course.check(message)
+            self.hear_orders_of(message)
         if isinstance(message, Hello) and message.stage != stage_of(peer):
             raise BadReply(f"member {peer[-10:]} says that it is of stage {message.stage}")
         self.feed(m.Received(peer, message))
@@ -461,6 +462,11 @@ class Membership:
         for callback in self.on_orders:
             callback(self.course.newest)
         self.feed(m.Steered())
+
+    def hear_orders_of(self, commit: Commit | None) -> None:
+        """Those that a commit carries: perhaps they came no other way. BadReply if the owner did not give them."""
+        if commit is not None:
+            self.hear_orders(commit.orders)
 
     def has_news(self) -> None:
         """Something in the record has changed."""
@@ -562,8 +568,8 @@ class Membership:
 
     def _tell(self, commit: Commit) -> None:
         self.last_commit, self._stepped_at_s = commit, time.monotonic()
-        if commit.num_eval_tokens:
-            self._last_eval = commit
+        if commit.eval_loss is not None:
+            self._evaluation = commit.epoch, commit.eval_loss
         self.work.stepped(commit)
         loss = math.nan if commit.loss is None else commit.loss
         log.info(
@@ -670,12 +676,12 @@ class Membership:
         await stream.fail("this member has no such thing, or not yet")
 
     def _standing(self) -> Standing:
-        commit, tested = self.member.last_commit, self._last_eval
+        commit = self.member.last_commit
         return Standing(
             self.place,
             None if commit is None else self._sign_kept(commit),
             self.course.newest_raw,
-            None if tested is None else (tested.epoch, tested.eval_loss_sum / tested.num_eval_tokens),
+            self._evaluation,
             time.monotonic() - self._stepped_at_s,
         )
 

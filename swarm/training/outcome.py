@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from swarm.epoch.messages import Commit
-from swarm.run_orders import open_orders
 from swarm.run_store import RunStore
 from swarm.training.parameters import StageParameters
 
@@ -16,8 +15,7 @@ def apply_commit(parameters: StageParameters, store: RunStore, commit: Commit, t
         return
     assert total is not None
     # The orders that it brings say of its own epoch what those before them say (Orders.may_follow).
-    orders = open_orders(commit.orders, store.run_id, store.owner)
-    spec = orders.spec_at(store.spec, commit.epoch)
+    spec = store.open_orders(commit.orders).spec_at(store.spec, commit.epoch)
     settings = spec.optimizer
     factor = settings.clip_factor(commit.norm) / max(commit.num_loss_tokens, 1)
     parameters.step(total.mul_(factor), settings.lr_at(commit.epoch, spec.num_epochs))

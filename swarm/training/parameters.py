@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from swarm.errors import BadRequest
-from swarm.run_spec import OptimizerSettings
+from swarm.run_spec import OptimizerSettings, RunSpec
 
 
 @dataclass(slots=True)
@@ -41,6 +41,11 @@ class StageState:
         for tensor in self.tensors:
             hasher.update(_bytes(tensor))
         return hasher.digest()
+
+
+def num_vectors_of(spec: RunSpec) -> int:
+    """Tensors of a StageState: weights, two moments, and in runs with delay the weights before the last step."""
+    return 4 if spec.delay else 3
 
 
 class StageParameters:

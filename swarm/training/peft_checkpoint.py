@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -51,25 +50,19 @@ def write_peft_checkpoint(
     """As write_hf_checkpoint, of a run of adapters: a folder for PeftModel.from_pretrained; all of it, or nothing."""
     layout = AdapterLayout(store.spec)
     layout.check(values)
-    try:
-        with made_at_once(out.resolve()) as folder:
-            require_space(folder, sum(vector.numel() for vector in values) * dtype.itemsize)
-            config = folder / "adapter_config.json"
-            config.write_text(json.dumps(_config(layout), indent=2) + "\n", encoding="utf-8")
-            weights = folder / "adapter_model.safetensors"
-            save_file(_tensors(layout, values, dtype), weights, metadata={"format": "pt"})
-            shutil.copymode(config, weights)  # which that library writes for its owner alone
-            copy_tokenizer(store, folder)
-            card = make_card(
-                store, epoch, lineage, dtype, orders, loss, eval_loss,
-                library="peft", use=_USE.format(base=base_of(store.spec) or "..."), base=_hub_id(store.spec),
-            )  # fmt: skip
-            (folder / CARD_FILE).write_text(card, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"cannot write {out} ({reason}): free some space on its disk, or choose another folder"
-        ) from error
+    with made_at_once(out) as folder:
+        require_space(folder, sum(vector.numel() for vector in values) * dtype.itemsize)
+        config = folder / "adapter_config.json"
+        config.write_text(json.dumps(_config(layout), indent=2) + "\n", encoding="utf-8")
+        weights = folder / "adapter_model.safetensors"
+        save_file(_tensors(layout, values, dtype), weights, metadata={"format": "pt"})
+        shutil.copymode(config, weights)  # which that library writes for its owner alone
+        copy_tokenizer(store, folder)
+        card = make_card(
+            store, epoch, lineage, dtype, orders, loss, eval_loss,
+            library="peft", use=_USE.format(base=base_of(store.spec) or "..."), base=_hub_id(store.spec),
+        )  # fmt: skip
+        (folder / CARD_FILE).write_text(card, encoding="utf-8")
 
 
 def base_of(spec: RunSpec) -> str | None:

@@ -47,11 +47,6 @@ def states_of(folder: Path, run_id: bytes, stage: int) -> SavedStates:
     return SavedStates(folder / STATES_FOLDER, run_id, stage)
 
 
-def num_vectors_of(spec: RunSpec) -> int:
-    """In a state: weights, two moments, and in runs with delay the weights before the last step."""
-    return 4 if spec.delay else 3
-
-
 def place_of(checkpoint: Path, run_id: bytes) -> Place | None:
     """Of which place the folder of a checkpoint is; None if it cannot be restored, or is of another run."""
     try:

@@ -18,7 +18,7 @@ from swarm.p2p.directory import Directory
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host
 from swarm.records import ShardState
-from swarm.run_orders import NO_ORDERS, Orders, open_orders
+from swarm.run_orders import NO_ORDERS, Orders
 from swarm.run_store import RunStore
 from swarm.training.course import RunCourse
 from swarm.training.requests import Donor, open_request, received
@@ -75,10 +75,11 @@ def standing_from_wire(wire: training_pb2.Standing, store: RunStore) -> Standing
 async def ask_standings(
     host: Host, store: RunStore, records: Sequence[MemberRecord], orders: bytes = b""
 ) -> dict[tuple[str, int], Standing]:
-    """What the members say who answer, by peer id and stage, all asked at once.
+    """What the members say who answer, by peer id and stage, all asked at once; who leaves is not asked, nor this peer itself.
 
     orders: signed, for the members to hear.
     """
+    present = [record for record in records if record.state != ShardState.LEAVING and record.peer_id != host.peer_id]
     request = training_pb2.MemberMessage(put_orders=training_pb2.PutOrders(orders=orders))
 
     async def ask(record: MemberRecord) -> Standing:
@@ -95,9 +96,9 @@ async def ask_standings(
                 raise BadReply(f"peer {record.peer_id[-8:]} answered something else")
             return standing_from_wire(answer.standing, store)
 
-    answers = await asyncio.gather(*map(ask, records), return_exceptions=True)
+    answers = await asyncio.gather(*map(ask, present), return_exceptions=True)
     standings = {}
-    for record, answer in zip(records, answers, strict=True):
+    for record, answer in zip(present, answers, strict=True):
         if isinstance(answer, Standing):
             standings[record.peer_id, record.stage] = answer
         elif isinstance(answer, PeerFailed | TimeoutError):
@@ -107,15 +108,23 @@ async def ask_standings(
     return standings
 
 
-async def newest_rules(host: Host, directory: Directory, store: RunStore) -> tuple[Orders, int]:
-    """What the owner has said, as members know it who are there, and the epoch of the one that is furthest; both are kept here."""
-    records = await directory.find_members(store.run_id, range(store.spec.num_stages))
-    present = [record for record in records if record.state != ShardState.LEAVING and record.peer_id != host.peer_id]
-    standings = await ask_standings(host, store, present)
-    course = RunCourse(store)
+async def hear_members(
+    host: Host, course: RunCourse, records: Sequence[MemberRecord]
+) -> dict[tuple[str, int], Standing]:
+    """Ask as `ask_standings`; the newest orders that they know are the course's from then on, and kept here."""
+    standings = await ask_standings(host, course.store, records)
     for standing in standings.values():
-        with contextlib.suppress(BadReply):
+        with contextlib.suppress(BadReply):  # what somebody else has made
             course.hear(standing.orders)
+    return standings
+
+
+async def newest_rules(host: Host, directory: Directory, store: RunStore) -> tuple[Orders, int]:
+    """What the owner has said, as members know it who are there (it is kept here), and the epoch that most of them are in."""
+    course = RunCourse(store)
+    standings = await hear_members(
+        host, course, await directory.find_members(store.run_id, range(store.spec.num_stages))
+    )
     return course.newest, most_common_place(standings).epoch if standings else 0
 
 
@@ -132,7 +141,7 @@ def newest_orders(raws: Iterable[bytes], store: RunStore) -> tuple[Orders, bytes
     newest, newest_raw = NO_ORDERS, b""
     for raw in raws:
         try:
-            orders = open_orders(raw, store.run_id, store.owner)
+            orders = store.open_orders(raw)
         except ValueError:
             continue
         if orders.serial > newest.serial:

@@ -19,7 +19,6 @@ from swarm.records import ShardState
 from swarm.run_store import RunStore
 from swarm.training.catch_up import ask_place, fetch_snapshot
 from swarm.training.checkpoints import Checkpoints
-from swarm.training.course import RunCourse
 from swarm.training.links import Links
 from swarm.training.member_config import MembershipConfig
 from swarm.training.member_name import member_name, peer_of
@@ -63,14 +62,15 @@ class StateFinder:
         parameters: StageParameters,
         checkpoints: Checkpoints | None,
         links: Links,
-        course: RunCourse,
         config: MembershipConfig,
+        hear_orders_of: Callable[[Commit | None], None],
         tell: Callable[[m.Event | Snapshot | FoundState], None],
     ) -> None:
+        """hear_orders_of: raises BadReply if the run's owner did not give them."""
         self._host, self._directory = run_host.host, run_host.directory
         self._store, self._stage, self._name = store, stage, member_name(run_host.peer_id, stage)
         self._parameters, self._checkpoints = parameters, checkpoints
-        self._links, self._course, self._config, self._tell = links, course, config, tell
+        self._links, self._config, self._hear_orders_of, self._tell = links, config, hear_orders_of, tell
 
     async def find(self, place: Place, known: Mapping[str, int]) -> None:
         """The state at a place or a later one. known: members and their stages, besides those of whom there are records.
@@ -91,7 +91,7 @@ class StateFinder:
                 async with asyncio.timeout(_ASK_TIMEOUT_S):
                     donor = self._donor(name)
                     there, commit = await ask_place(self._host, donor, self._store.run_id, self._stage, place)
-                self._course.check(commit)
+                self._hear_orders_of(commit)
             except (PeerFailed, TimeoutError) as error:
                 log.info("no state from member=%s reason=%s", name[-10:], error)
                 continue
@@ -121,7 +121,7 @@ class StateFinder:
                     self._parameters.size,
                     len(self._parameters.state.tensors),
                 )
-                self._course.check(head.saved.commit)
+                self._hear_orders_of(head.saved.commit)
             except (PeerFailed, BadRequest, TimeoutError) as error:
                 log.info("no copy epoch=%d reason=%s", base.epoch, error)
                 continue

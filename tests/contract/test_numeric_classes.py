@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from node.backend.linears import FrozenLinear, Int4Linear, Int8Linear, WidenedLinear
-from node.backend.quantize import Codes, Int4Codes, Int8Codes, quantize
 from node.backend.span_model import SpanModel
 from swarm.checkpoint import Checkpoint, open_checkpoint
+from swarm.linears.frozen import FrozenLinear, Int4Linear, Int8Linear, WidenedLinear
+from swarm.linears.quantize import Codes, Int4Codes, Int8Codes, quantize
 from swarm.span import Span
 from tests.support.models import NUM_BLOCKS, TINY, save_tiny
 

@@ -36,10 +36,11 @@ from swarm.exchange import (
     split_message,
 )
 from swarm.messages import PROTOCOL_MAJOR, own_version
-from swarm.p2p.averaging import Averager, AveragerConfig, Exchanged, plan_exchange, share_out
+from swarm.p2p.averaging import Averager, AveragerConfig, Exchanged, plan_exchange
 from swarm.p2p.averaging_streams import EXCHANGE_PROTOCOL
 from swarm.p2p.framing import FramedStream
 from swarm.p2p.host import Host, HostConfig, running_host
+from swarm.p2p.shares import share_out
 from swarm.tensors import WireFormat, encode_tensor
 from tests.support.averaging_peer import exchange_locally, plan_with
 from tests.support.processes import Process

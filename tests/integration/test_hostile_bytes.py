@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from node.service import MAX_REFUSALS_PER_STREAM, MAX_STEP_TOKENS, OPEN_TIMEOUT_S
+from node.admission import MAX_STEP_TOKENS
+from node.service import MAX_REFUSALS_PER_STREAM, OPEN_TIMEOUT_S
 from protos import node_pb2, tensor_pb2
 from swarm.errors import BadRequest, PeerFailed
 from swarm.messages import MAX_HEADER_BYTES, PROTOCOL_MAJOR, encode_message

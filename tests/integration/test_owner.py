@@ -80,8 +80,13 @@ def test_a_run_follows_its_owner(training: TrainingSwarm, command: Command) -> N
 
     told = re.fullmatch(r"epoch (\d+): held-out loss ([\d.]+)", said(command("eval")))
     assert told is not None
-    evaluations = [json.loads(line) for line in log.read_text().splitlines() if '"validation_loss": null' not in line]
-    assert [(one["epoch"], round(one["validation_loss"], 4)) for one in evaluations] == [(int(told[1]), float(told[2]))]
+
+    def evaluations() -> list[tuple[int, float]]:
+        lines = [json.loads(line) for line in log.read_text().splitlines() if '"validation_loss": null' not in line]
+        return [(one["epoch"], round(one["validation_loss"], 4)) for one in lines]
+
+    wait_until(evaluations, 30, "the trainer writes it down, too")
+    assert evaluations() == [(int(told[1]), float(told[2]))]
 
     paused = int(re.fullmatch(r"paused: no epoch after (\d+) begins; .*", said(command("pause")))[1])  # type: ignore[index]
     status = json.loads(said(command("status", "--json")))
@@ -97,7 +102,7 @@ def test_a_run_follows_its_owner(training: TrainingSwarm, command: Command) -> N
     nodes[2].send(signal.SIGTERM)
     nodes[2].wait(30)
     nodes[2] = members[2] = training.start_node(1, cache=training.folder / "other cache")
-    assert epoch() == status["epoch"] <= paused + 1, "it is paused"
+    assert status["epoch"] <= epoch() <= paused + 1, "it is paused, after the epoch that had begun"
 
     (training.folder / "data" / "more.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in ALICE[:3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import swarm
+from swarm.identity import Identity
 from swarm.messages import PROTOCOL_MINOR
-from tests.support.processes import Process, local_swarm
+from tests.support.processes import Process, local_swarm, wait_until
 
 PROMPT = torch.tensor([[5, 77, 130, 9]])
 
@@ -26,6 +28,20 @@ def test_nodes_without_blocks_fill_the_gaps_even_when_they_start_together(tiny_p
         # As much as fits the memory: all of it.
         whole = nodes.start_node(tiny_path, None, "--cache-mib", "8")
         assert whole.ready()["span"] == "0:4"
+
+
+def test_a_node_that_chose_before_another_spoke_and_speaks_after_it_finds_out(tiny_path, fork_server, tmp_path):
+    keys = [tmp_path / "one", tmp_path / "other"]
+    small, large = sorted(keys, key=lambda path: Identity.load_or_create(path).peer_id)
+    with local_swarm(tmp_path / "swarm", fork_server=fork_server) as nodes:
+        fault = {"action": "SIGSTOP", "on": "announce"}
+        late = nodes.start_node(tiny_path, None, "--num-blocks", "2", "--identity", str(small), fault=fault)
+        wait_until(lambda: nodes.trace_of(late), 60, "it has chosen")
+        other = nodes.start_node(tiny_path, None, "--num-blocks", "2", "--identity", str(large))
+        assert other.ready()["span"] == "0:2"
+        late.send(signal.SIGCONT)
+        assert late.ready()["span"] == "2:4"
+        assert [event["span"] for event in nodes.trace_of(late)] == ["0:2"]
 
 
 def start_other_version(nodes, path, blocks, major, minor):

@@ -1,7 +1,8 @@
 """A real node with a planted fault: python -m tests.support.faulty_node run ... with FAULT_FILE and FAULT_TRACE in its environment.
 
 The file holds {"action": ..., "on": ..., "at_step": n, "id": ...}. The fault fires on the n-th step (or, with "on", the n-th forward or backward
-of a microbatch) that this node takes after a file with a new id was planted, is written to FAULT_TRACE first (and synced), and is one of
+of a microbatch, or record that it announces) that this node takes after a file with a new id was planted, is written to FAULT_TRACE first
+(and synced), and is one of
     SIGKILL, SIGSTOP, SIGTERM    what the process does to itself, once
     kill_p2pd                    it kills its network daemon, once
     slow                         every step from then on takes delay_s longer
@@ -26,7 +27,7 @@ from typing import Any
 import psutil
 import torch
 
-from node import microbatches, runtime, service
+from node import announcer, microbatches, runtime, service, serving
 from node.throughput import Throughput, measure_throughput
 from protos import node_pb2
 from swarm.messages import decode_message, encode_message
@@ -64,7 +65,7 @@ class Fault:
                     "id": self._planted["id"],
                     "action": action,
                     "step": self._num_steps,
-                    "sessions": len(service_of.sessions.sessions),
+                    "sessions": 0 if service_of is None else len(service_of.sessions.sessions),
                     **details,
                 }
             )
@@ -94,7 +95,7 @@ class Fault:
 
 ONCE = ("SIGKILL", "SIGSTOP", "SIGTERM", "kill_p2pd")
 fault: Fault
-service_of: service.NodeService
+service_of: service.NodeService | None = None
 
 
 class FaultyService(service.NodeService):
@@ -123,6 +124,15 @@ class FaultyMicrobatches(microbatches.Microbatches):
         action = fault.count(request.WhichOneof("kind"), hop=str(hop), stashed=self.stash.num_entries)
         answer = super().answer
         return await _misbehave(action, lambda: answer(peer_id, hop, request, tensors))
+
+
+class FaultyAnnouncer(announcer.Announcer):
+    """The node's word to the swarm; only actions that are signals make sense here."""
+
+    async def announce(self, **changes: Any) -> None:
+        span = changes.get("span", self.record.span)
+        action, announce = fault.count("announce", span=str(span)), super().announce
+        await _misbehave(action, lambda: announce(**changes))
 
 
 async def _misbehave(action: str | None, answer: Callable[[], Awaitable[Any]]) -> Any:
@@ -207,8 +217,9 @@ def main() -> None:
 
     global fault
     fault = Fault(Path(os.environ["FAULT_FILE"]), Path(os.environ["FAULT_TRACE"]))
-    runtime.NodeService = FaultyService  # type: ignore[misc]
-    runtime.Microbatches = FaultyMicrobatches  # type: ignore[misc]
+    runtime.Announcer = FaultyAnnouncer  # type: ignore[misc]
+    serving.NodeService = FaultyService  # type: ignore[misc]
+    serving.Microbatches = FaultyMicrobatches  # type: ignore[misc]
     framing._HEADER = _LyingHeader  # type: ignore[assignment]
     host.FramedStream = LyingStream  # type: ignore[misc]
     announced = os.environ.get("ANNOUNCED_S_PER_BLOCK")

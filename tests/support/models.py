@@ -113,21 +113,33 @@ _CHAT_TEMPLATE = (
 def save_tiny(family: str, path: Path, seed: int = 0, max_shard_size: str = "50GB", **overrides: Any) -> Path:
     """Save a tiny random causal language model of a family from TINY, and a tokenizer for it; return the folder.
 
+    overrides: further fields of the config.
+    """
+    from transformers import AutoConfig
+
+    save_random(AutoConfig.for_model(family, **{**TINY[family], **overrides}), path, seed, max_shard_size)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def save_random(config: Any, path: Path, seed: int = 0, max_shard_size: str = "50GB") -> None:
+    """Save a random causal language model of this config, without a tokenizer.
+
     Its weights are pushed apart: as initialised, the blocks of such a model hardly change what goes through them, and
-    a test could not see that one was left out. overrides: further fields of the config.
+    a test could not see that one was left out, or a buffer that is saved with the weights.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**TINY[family], **overrides}))
+        model = AutoModelForCausalLM.from_config(config)
+        stored = model.state_dict()
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                if name in stored and tensor.is_floating_point():
+                    tensor.add_(torch.randn_like(tensor) * 0.05)
     model.eval().save_pretrained(path, max_shard_size=max_shard_size)
-    tiny_tokenizer().save_pretrained(path)
-    return path
 
 
 def tiny_tokenizer() -> Any:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from swarm.epoch.messages import Commit, Term
 from swarm.identity import Identity
-from swarm.run_spec import OptimizerSettings
+from swarm.run_spec import OptimizerSettings, certified_run_id, sign_spec
+from swarm.run_store import RunStore
 from swarm.training.checkpoints import Checkpoints, Saving
 from swarm.training.parameters import StageParameters, gradient_digest
 from swarm.training.saved_states import SavedAt
 from swarm.training.wire import sign_commit
+from tests.support.runs import make_spec
 
-RUN = b"r" * 32
 LEADER = Identity.generate()
+RULES = sign_spec(make_spec(checkpoint_every=5, num_epochs=100), LEADER)
+RUN = certified_run_id(RULES)
 TERM = Term(1, LEADER.peer_id)
 
 
@@ -31,13 +32,7 @@ def parameters() -> StageParameters:
 
 
 def checkpoints_in(folder: Path, parameters: StageParameters) -> Checkpoints:
-    store: Any = SimpleNamespace(
-        folder=folder,
-        run_id=RUN,
-        owner="",
-        spec=SimpleNamespace(checkpoint_every=5, num_epochs=100, optimizer=OptimizerSettings()),
-    )
-    return Checkpoints(store, 0, parameters.size)
+    return Checkpoints(RunStore(folder, RUN, RULES), 0, parameters.size)
 
 
 def commit_to(epoch: int) -> Commit:

@@ -193,7 +193,7 @@ class Swarm:
     """What a copier sees of the others, and what it asks them for."""
 
     def __init__(self, store: RunStore, records: list[MemberRecord], refuses: int | None = None) -> None:
-        self.peer_id, self.host, self.directory, self.course = "me", None, self, self
+        self.peer_id, self.host, self.directory = "me", None, self
         self.asked: list[int] = []
         self.looks = 0
         self._store, self._records, self._refuses = store, records, refuses
@@ -214,7 +214,7 @@ class Swarm:
         state = StageState(torch.ones(100), torch.zeros(100), torch.zeros(100), 10)
         return SimpleNamespace(saved=SimpleNamespace(commit=commit_to(10, self._store))), state
 
-    def check(self, commit: Commit) -> None: ...
+    def hear_orders_of(self, commit: Commit) -> None: ...
 
     def has_news(self) -> None: ...
 

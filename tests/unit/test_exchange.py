@@ -27,7 +27,8 @@ from swarm.exchange import (
     read_chunk,
     result_patience_s,
 )
-from swarm.p2p.averaging import plan_exchange, share_out
+from swarm.p2p.averaging import plan_exchange
+from swarm.p2p.shares import share_out
 from swarm.tensors import WireFormat, encode_tensor
 from tests.support.averaging_peer import exchange_locally
 

@@ -1,40 +1,58 @@
-"""SessionTable: who may open a session, and what it reserves."""
+"""SessionTable: who may open a session, and who makes room for whom when pages run out."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+import torch
 
-from node.kv_cache import Session, SessionLimits, SessionTable
+from node.backend.span_cache import SpanCache
+from node.kv_cache import PAGE_TOKENS, SessionLimits, SessionTable
+from node.session import Session
+from node.session_pages import SessionPages
 from protos import node_pb2
 from swarm.messages import Refused
 from swarm.span import Span
 
 HOP = Span(2, 6)
 BYTES_PER_TOKEN = 100
+NUM_PAGES = 20
 
 
 def make_table(**changes: Any) -> SessionTable:
-    limits = {"cache_bytes": 100_000, "max_sessions": 4, "max_sessions_per_peer": 2, "idle_s": 30.0}
+    limits = {
+        "cache_bytes": NUM_PAGES * PAGE_TOKENS * BYTES_PER_TOKEN,
+        "max_sessions": 4,
+        "max_sessions_per_peer": 2,
+        "idle_s": 30.0,
+    }
     return SessionTable(SessionLimits(**{**limits, **changes}), BYTES_PER_TOKEN)
 
 
 def admit(table: SessionTable, peer: str, number: int, *, batch: int = 1, max_length: int = 10) -> Session:
     session_id = bytes([number]) * 16
-    reserved = table.reserve(peer, session_id, HOP, batch, max_length)
+    table.admit(peer, session_id, batch, max_length)
     session = Session(
         session_id=session_id,
         peer_id=peer,
         hop=HOP,
         batch=batch,
         max_length=max_length,
-        reserved_bytes=reserved,
         last_used=1000.0,
-        cache=None,  # type: ignore[arg-type]
+        pages=SessionPages(table.pool, batch, b"origin"),
     )
     table.add(session)
     return session
+
+
+def grow(table: SessionTable, session: Session, num_tokens: int) -> None:
+    """As a step does it: first the room, then the pages."""
+    lengths = session.pages.lengths
+    missing = session.pages.num_missing(lengths, [num_tokens] * session.batch)
+    table.make_room(session, missing)
+    for row in range(session.batch):
+        session.pages.grow(row, num_tokens, None)
 
 
 def refusal(table: SessionTable, peer: str, number: int, **fields: Any) -> tuple[int, str]:
@@ -45,19 +63,25 @@ def refusal(table: SessionTable, peer: str, number: int, **fields: Any) -> tuple
     return caught.value.code, str(caught.value)
 
 
-def test_a_session_reserves_all_tokens_of_all_rows_in_all_blocks_of_its_hop() -> None:
+def test_a_session_takes_pages_as_it_grows() -> None:
     table = make_table()
-    session = admit(table, "a", 1, batch=3, max_length=7)
-    assert table.used_bytes == session.reserved_bytes == 3 * 7 * len(HOP) * BYTES_PER_TOKEN
+    session = admit(table, "a", 1, batch=3, max_length=90)
+    assert table.used_bytes == 0
+    grow(table, session, PAGE_TOKENS)
+    assert table.used_bytes == 3 * PAGE_TOKENS * BYTES_PER_TOKEN
+    grow(table, session, 1)
+    assert table.used_bytes == 6 * PAGE_TOKENS * BYTES_PER_TOKEN
 
 
-def test_closing_frees_what_was_reserved_and_closing_twice_is_fine() -> None:
+def test_closing_frees_the_pages_and_closing_twice_is_fine() -> None:
     table = make_table()
     one, other = admit(table, "a", 1), admit(table, "b", 1)
+    grow(table, one, 10)
+    grow(table, other, 10)
     assert table.is_open(one) and not table.empty.is_set()
     table.close(one)
     table.close(one)
-    assert not table.is_open(one) and table.used_bytes == other.reserved_bytes and not table.empty.is_set()
+    assert not table.is_open(one) and table.pool.num_held == 1 and not table.empty.is_set()
     table.close(other)
     assert table.used_bytes == 0 and table.empty.is_set()
 
@@ -92,15 +116,74 @@ def test_a_peer_has_its_share_and_a_node_its_limit() -> None:
 
 def test_what_can_never_fit_is_told_apart_from_what_does_not_fit_now() -> None:
     table = make_table()
-    code, message = refusal(table, "a", 1, max_length=251)
-    assert code == node_pb2.THE_CACHE_IS_TOO_SMALL and "at most 250 tokens" in message
-    first = admit(table, "a", 1, max_length=200)
-    code, message = refusal(table, "b", 1, max_length=51)
-    assert code == node_pb2.THIS_NODE_HAS_NO_ROOM and "MiB are free; try another node or later" in message
-    admit(table, "b", 1, max_length=50)
-    assert table.used_bytes == 100_000
+    code, message = refusal(table, "a", 1, max_length=NUM_PAGES * PAGE_TOKENS + 1)
+    assert code == node_pb2.THE_CACHE_IS_TOO_SMALL and f"at most {NUM_PAGES * PAGE_TOKENS} tokens" in message
+    first = admit(table, "a", 1, max_length=NUM_PAGES * PAGE_TOKENS)
+    grow(table, first, (NUM_PAGES - 2) * PAGE_TOKENS)
+    code, message = refusal(table, "b", 1, max_length=3 * PAGE_TOKENS)
+    assert code == node_pb2.THIS_NODE_HAS_NO_ROOM and "are free; try another node or later" in message
+    admit(table, "b", 1, max_length=2 * PAGE_TOKENS)
     table.close(first)
-    admit(table, "c", 1, max_length=200)
+    admit(table, "c", 1, max_length=NUM_PAGES * PAGE_TOKENS)
+
+
+def test_many_are_admitted_whose_greatest_lengths_would_not_fit_together() -> None:
+    table = make_table()
+    sessions = [admit(table, peer, 1, max_length=NUM_PAGES * PAGE_TOKENS) for peer in "abcd"]
+    for session in sessions:
+        grow(table, session, 5 * PAGE_TOKENS)
+    assert table.num_evicted == 0 and table.pool.num_available == 0
+
+
+def test_the_youngest_session_makes_room_for_older_ones_and_never_the_other_way_round() -> None:
+    table = make_table()
+    old, middle, young = (admit(table, peer, 1, max_length=NUM_PAGES * PAGE_TOKENS) for peer in "abc")
+    for session in (old, middle, young):
+        grow(table, session, 6 * PAGE_TOKENS)
+    with pytest.raises(Refused, match="older sessions hold the rest") as caught:
+        grow(table, young, 3 * PAGE_TOKENS)
+    assert caught.value.code == node_pb2.THIS_NODE_HAS_NO_ROOM and table.is_open(young)
+    grow(table, middle, 3 * PAGE_TOKENS)
+    assert not table.is_open(young) and young.made_room and "made room" in young.ended_because
+    grow(table, old, 6 * PAGE_TOKENS)
+    assert not table.is_open(middle) and table.is_open(old) and table.num_evicted == 2
+
+
+def test_a_session_whose_step_is_under_way_makes_room_after_it() -> None:
+    table = make_table()
+    old, young = (admit(table, peer, 1, max_length=NUM_PAGES * PAGE_TOKENS) for peer in "ab")
+    grow(table, young, 19 * PAGE_TOKENS)
+    young.is_busy = True
+    with pytest.raises(Refused, match="younger sessions are about to make room"):
+        grow(table, old, 2 * PAGE_TOKENS)
+    assert table.is_open(young) and young.must_make_room and not old.must_make_room
+    young.is_busy = False
+    grow(table, old, 2 * PAGE_TOKENS)
+    assert not table.is_open(young)
+
+
+def test_of_younger_sessions_one_of_the_peer_that_holds_most_goes_first() -> None:
+    table = make_table()
+    old = admit(table, "a", 1, max_length=NUM_PAGES * PAGE_TOKENS)
+    large, small, alone = admit(table, "b", 1, max_length=200), admit(table, "b", 2), admit(table, "c", 1)
+    grow(table, large, 10 * PAGE_TOKENS)
+    grow(table, small, 1)
+    grow(table, alone, 1)
+    grow(table, old, 9 * PAGE_TOKENS)
+    assert not table.is_open(small) and table.is_open(large) and table.is_open(alone)
+
+
+def test_rows_of_a_session_with_a_cache_of_its_own_take_room_each_whatever_they_were_copied_from() -> None:
+    """Its keys and values are tensors with a row for each, so after a beam search's reorder nothing is shared."""
+    table = make_table()
+    session = admit(table, "a", 1, batch=2, max_length=64)
+    session.cache = SpanCache(HOP)
+    session.append(torch.zeros(2, 20, 8), None)
+    assert table.pool.num_held == 4
+    assert session.num_missing(20, [1, 1], [1, 1]) == 0, "there is room in the last pages"
+    session.reorder([1, 1])
+    session.append(torch.zeros(2, 1, 8), None)
+    assert table.pool.num_held == 4 and session.pages.copies == []
 
 
 @pytest.mark.parametrize(("batch", "max_length"), [(0, 1), (1, 0), (-1, 1), (1025, 1), (1, 2**20 + 1), (2**32, 2**32)])
@@ -112,7 +195,7 @@ def test_absurd_sizes_are_refused_before_anything_is_computed(batch: int, max_le
 @pytest.mark.parametrize("session_id", [b"", b"x", bytes(15), bytes(17), bytes(10_000)])
 def test_a_session_id_has_sixteen_bytes(session_id: bytes) -> None:
     with pytest.raises(Refused, match=f"16 bytes, got {len(session_id)}"):
-        make_table().reserve("a", session_id, HOP, 1, 1)
+        make_table().admit("a", session_id, 1, 1)
 
 
 def test_a_node_that_leaves_admits_nobody() -> None:

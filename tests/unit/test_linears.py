@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from node.backend import linear_choice, linears
-from node.backend.int4_layout import Int4Layout, find_int4_layout
-from node.backend.linear_choice import LinearChoice, largest_error
-from node.backend.linears import FrozenLinear, Int4Linear, Int8Linear, PrepackedLinear, WidenedLinear
-from node.backend.quantize import Codes, Int4Codes, Int8Codes, quantize, quantize_int4, quantize_int8
+from swarm.linears import choice as linear_choice
+from swarm.linears import frozen
+from swarm.linears.choice import LinearChoice, largest_error
+from swarm.linears.frozen import FrozenLinear, Int4Linear, Int8Linear, PrepackedLinear, WidenedLinear
+from swarm.linears.int4_layout import Int4Layout, find_int4_layout
+from swarm.linears.quantize import Codes, Int4Codes, Int8Codes, quantize, quantize_int4, quantize_int8
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 0.01}
 KINDS = ["fp32", "bf16", "int8", "int4", "widened int8", "widened int4"]
@@ -105,7 +106,7 @@ def test_no_rows_give_no_rows(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_are_widened_in_several_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "_WIDENED_AT_ONCE", 70 * 96)
+    monkeypatch.setattr(frozen, "_WIDENED_AT_ONCE", 70 * 96)
     linear, weight = make(kind, weight_of(200, 96))
     check(linear, weight, None, (80,))
 
@@ -202,7 +203,7 @@ def test_codes_are_the_same_with_any_dtype_parts_and_threads(
     weight = weight.bfloat16()
     codes = quantize(kind, weight)
     again = quantize(kind, weight.double())
-    monkeypatch.setattr("node.backend.quantize._PART", 100)
+    monkeypatch.setattr("swarm.linears.quantize._PART", 100)
     in_parts = quantize(kind, weight.t().contiguous().t())
     for other in (again, in_parts):
         assert all(torch.equal(other.tensors[name], tensor) for name, tensor in codes.tensors.items())

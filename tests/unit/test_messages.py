@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from protos import node_pb2, tensor_pb2
-from swarm.errors import BadReply, BadRequest, Busy, MicrobatchGone, Outdated, PeerFailed
+from swarm.errors import BadReply, BadRequest, Busy, MicrobatchGone, Outdated, PeerFailed, SessionEvicted
 from swarm.messages import Refused, decode_message, encode_message, error_of, refusal_of
 from swarm.tensors import FLOATING, TensorLimits, WireFormat, decode_tensors, encode_tensor, num_bytes, wire_format_of
 
@@ -235,6 +235,7 @@ def test_every_refusal_code_becomes_an_error_that_says_who_must_act():
         "THE_MICROBATCH_IS_TOO_LARGE": BadRequest,
         "THE_RUN_IS_ANOTHER": PeerFailed,
         "THE_EPOCH_IS_ANOTHER": Outdated,
+        "THIS_SESSION_MADE_ROOM": SessionEvicted,
     }
     assert set(acts) == set(node_pb2.RefusalCode.keys())
     for name, kind in acts.items():

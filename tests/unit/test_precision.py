@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig
 
 from node import precision
-from node.numeric_class import NUMERIC_CLASSES
 from node.precision import choose_class, class_of_run, classes_within, fastest, measure_classes
+from swarm.numeric_class import NUMERIC_CLASSES
 from swarm.run_spec import Precision
 from tests.support.models import TINY
 from tests.support.runs import make_spec

@@ -117,3 +117,12 @@ def test_the_two_newest_complete_checkpoints_are_kept_whatever_the_others_save(s
         before = complete
         complete = sorted(place for place in seen[0] if is_complete(place, seen, NUM_STAGES))
         assert set(before[-NUM_COMPLETE:]) <= set(complete) or len(complete) >= NUM_COMPLETE
+
+
+def test_what_a_run_went_back_to_is_kept_beside_what_comes_after() -> None:
+    """Two states of epoch 20, one of them of the history that was left, are not the two newest that anybody goes back to."""
+    base, left = Place(10, b"a" * 32), Place(20, b"b" * 32)
+    again = Place(20, b"c" * 32, era=1)
+    seen = {stage: {base, left, again} for stage in range(2)}
+    assert {base, again} <= states_to_keep([again, left, base], seen, 2)
+    assert states_to_keep([left, base], {stage: {base, left} for stage in range(2)}, 2) == {left, base}

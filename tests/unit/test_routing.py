@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node.placement import block_rates, blocks_that_fit, choose_span, must_yield
+from node.placement import block_rates, blocks_that_fit, choose_span
 from swarm.records import ShardState
 from swarm.routing import NoRoute, agreeing_digests, missing_spans, plan_route, usable_spans
 from swarm.span import Span
@@ -137,11 +137,6 @@ def test_three_nodes_of_equal_size_cover_the_model_one_after_another():
 def test_leaving_peers_do_not_count():
     records = [make_record("a", Span(0, 2), state=ShardState.LEAVING), make_record("b", Span(2, 4))]
     assert choose_span(block_rates(records, 4), 2) == Span(0, 2)
-
-
-def test_of_two_that_took_the_same_span_at_once_one_yields():
-    a, b = (make_record(name, Span(0, 2), state=ShardState.JOINING) for name in "ab")
-    assert must_yield(b, [a]) and not must_yield(a, [b])
 
 
 def test_memory_bounds_the_span():

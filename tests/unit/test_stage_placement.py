@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from node.training.placement import choose_stage, is_keeper_needed, must_yield, withdrawn
+from node.training.placement import choose_stage, is_keeper_needed, withdrawn
 from swarm.member_record import MemberRecord
 from swarm.records import ShardState
 from tests.support.runs import make_member
@@ -91,12 +91,9 @@ def is_first(name: str, members: list[MemberRecord]) -> int:
     return next(n for n in range(1, 9) if is_keeper_needed(name, members, RUN, ENDS, n, False))
 
 
-def test_of_two_who_chose_the_same_stage_at_the_same_time_the_larger_id_yields() -> None:
-    claims = {name: make_member(name, stage=1, state=ShardState.JOINING, lineage=b"", epoch=0) for name in "ab"}
-    assert must_yield(claims["b"], claims.values()) and not must_yield(claims["a"], claims.values())
-    taken_back = withdrawn(claims["a"])
-    assert taken_back.expires_at > claims["a"].expires_at and not must_yield(claims["b"], [taken_back])
-    elsewhere = make_member("a", stage=0, state=ShardState.JOINING, lineage=b"", epoch=0)
-    downloads = make_member("a", stage=1, state=ShardState.JOINING)
-    gone = make_member("a", stage=1, state=ShardState.LEAVING)
-    assert not must_yield(claims["b"], [elsewhere, downloads, gone, make_member("a", stage=1)])
+def test_a_claim_that_is_taken_back_expires_last() -> None:
+    claim = make_member("a", stage=1, state=ShardState.JOINING, lineage=b"", epoch=0)
+    taken_back = withdrawn(claim)
+    assert taken_back.state == ShardState.LEAVING and round(1000 * taken_back.expires_at) > round(
+        1000 * claim.expires_at
+    )

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from node.backend.linears import FrozenLinear, Int4Linear, Int8Linear, PrepackedLinear, WidenedLinear
-from node.backend.quantize import Codes, Int8Codes
 from swarm.decoder import LIBRARY_ERRORS
+from swarm.linears.frozen import FrozenLinear, Int4Linear, Int8Linear, PrepackedLinear, WidenedLinear
+from swarm.linears.quantize import Codes, Int8Codes
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Codes and scales of weights in 8 and 4 bits, the same to the bit on every machine.
 
 Only elementwise operations, which IEEE 754 fixes, minima and maxima are used, and sums in a fixed order: nodes that quantise equal
-weights have equal codes. How a processor likes to have them packed is the business of node/backend/linears.py.
+weights have equal codes. How a processor likes to have them packed is the business of swarm/linears/frozen.py.
 
 O outputs, I inputs of a linear; J inputs, filled up with zeros to whole groups; G groups of K = 32 weights.
 """

@@ -6,7 +6,7 @@
     WidenedLinear       either kind of codes without torch's kernels: slower, and right everywhere
 
 Each holds its weights once. Gradients flow to the input, never to the weights, and a graph holds none of them. The operators are
-private to torch: node/backend/linear_choice.py tries each before it is used.
+private to torch: swarm/linears/choice.py tries each before it is used.
 
 One row is bound by memory, many by arithmetic: up to some number of rows a kernel reads the codes as they are; for more of them they are
 widened to bf16, for a matrix product at full speed.
@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from node.backend.int4_layout import find_int4_layout
-from node.backend.quantize import GROUP, Int4Codes, Int8Codes
+from swarm.linears.int4_layout import find_int4_layout
+from swarm.linears.quantize import GROUP, Int4Codes, Int8Codes
 
 # Where both ways take the same time, measured on Zen 5 with one and two threads, 576 x 576 to 5632 x 2048 (docs/log.md).
 INT8_KERNEL_ROWS = 20

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from node.backend.quantize import GROUP, Int4Codes
+from swarm.linears.quantize import GROUP, Int4Codes
 
 OUTPUTS = 64
 """A multiple of this many outputs is packed alike on all processors: in whole blocks."""

@@ -18,7 +18,7 @@ class NumericClass:
     bytes_per_parameter: float
     """Of all linears' weights in memory, scales included."""
     perplexity_change_percent: float
-    """Bound of what we measured with SmolLM2-135M (benchmarks/perplexity.py, docs/log.md of 2026-11-22). Larger models lose less."""
+    """Bound of what we measured with SmolLM2-135M (benchmarks/perplexity.py, docs/log.md). Larger models lose less."""
 
 
 AUTO = "auto"
@@ -35,3 +35,13 @@ NUMERIC_CLASSES = {
         NumericClass("int4", "bfloat16", 4, 0.65, 8),
     )
 }
+
+HEAD_CLASSES = ("fp32", "bf16", "int8")
+
+
+def head_class_for(numeric_classes: set[str]) -> str:
+    """What the head computes in beside nodes of these classes: as rough as the finest of them, but never rougher than int8."""
+    for name in ("fp32", "bf16"):
+        if name in numeric_classes:
+            return name
+    return "int8" if numeric_classes else "fp32"

@@ -1,0 +1,1 @@
+"""Linears with weights that never change: fewer bytes, or faster, than nn.Linear."""
