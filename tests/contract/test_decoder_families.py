@@ -194,7 +194,7 @@ def test_gradients_pass_through_the_ends(subject: Subject) -> None:
     ("model_type", "options", "reason"),
     [
         ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, r"recurrent state \(conv\)"),
-        ("deepseek_v32", {}, r"keep more, or other things, than keys and values of each token \(DynamicIndexedLayer"),
+        ("deepseek_v32", {}, r"keep more, or other things, than keys and values of each token \(indexed_attention"),
         ("llama", {"rope_parameters": DYNAMIC_ROTATIONS}, "change each other's results"),
         ("gemma3n_text", {}, r"some of its blocks use the keys and values of others"),
         ("musicgen", {}, "made of several models"),
@@ -290,6 +290,5 @@ def test_cutting_is_silent_and_leaves_the_dice_alone(llama: Path, capfd: pytest.
     assert torch.equal(torch.get_rng_state(), state)
     assert capfd.readouterr() == ("", "")
     assert ends.lm_head is not None and ends.lm_head.weight is ends.input_embeddings.weight  # tied: once in memory
-    model.forward(torch.zeros(1, 1, model.hidden_size), model.new_cache(Span(2, 3)))
-    held = {parameter for view in model._views.values() for parameter in view.base.parameters()}
-    assert held == set(model._base.parameters())  # a part of the span shares its weights
+    held = set(model.view_of(Span(2, 3)).base.parameters())
+    assert held == set(model.block(2).parameters()) and held < {weight for _, weight in model.named_parameters()}
