@@ -164,6 +164,10 @@ def run(
     configure_logging(log_level)
     # Spinning OpenMP threads of several processes on the same cores slow each other down by an order of magnitude.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # oneDNN keeps a kernel of 0.6 MB for each shape of linear and each number of rows that it was used with: 1024 unless told otherwise,
+    # and torch as many once more. A kernel is made again in some 0.4 ms.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
     with quick_imports():
         from node.runtime import run_node
 

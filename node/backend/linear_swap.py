@@ -86,6 +86,11 @@ class LinearSwap:
                 key, weight = name, module.weight.detach()
             is_transposed = isinstance(module, Conv1D) or (isinstance(module, _Vacant) and module.is_transposed)
             model.set_submodule(name, self._made(key, weight.t() if is_transposed else weight, module.bias))
+        for parameter in model.parameters():
+            if (
+                parameter.ndim == 1
+            ):  # norms and biases may be views of the checkpoint's file, and keep all of it in memory
+                parameter.data = parameter.data.clone()
         self._report(model)
 
     def _wants(self, name: str, module: Any) -> bool:
