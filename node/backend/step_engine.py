@@ -8,10 +8,11 @@ B batch rows, T new tokens, N tokens of one batch, H hidden size.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +24,14 @@ from node.backend.ragged_span import RaggedSpan
 from node.backend.span_cache import SpanCache
 from node.backend.span_model import SpanModel
 from node.session_pages import Growth
+from node.thread_tuner import ThreadTuner
 from swarm.span import Span
 
 log = logging.getLogger(__name__)
 
 _BATCHES_BEFORE_TRACE = 16
+_MOST_TUNED_TOKENS = 32
+"""Larger batches are prompts: few large operators, which bear with a busy machine."""
 
 
 @dataclass(slots=True, eq=False)
@@ -70,6 +74,8 @@ class StepEngine:
         self.model = model
         self.ragged: RaggedSpan | None = None
         self._num_batches: Counter[Span] = Counter()
+        self.tuner: ThreadTuner | None = None
+        """Chooses the threads of small batches, if anybody is to."""
         self.reason = ""
         """Why steps are computed one at a time, if they are."""
         try:
@@ -97,15 +103,36 @@ class StepEngine:
         started = time.monotonic()
         for step, _ in batch:
             step.started_at = step.started_at or started
-        if self.ragged is None:
-            ((step, count),) = batch
-            self._compute_alone(step, count)
-        else:
-            self._compute_together(self.ragged, batch)
+        with self._tuned(sum(count for _, count in batch)):
+            if self.ragged is None:
+                ((step, count),) = batch
+                self._compute_alone(step, count)
+            else:
+                self._compute_together(self.ragged, batch)
         elapsed_s = time.monotonic() - started
         for step, count in batch:
             step.num_done += count
             step.compute_s += elapsed_s
+
+    @contextlib.contextmanager
+    def _tuned(self, num_tokens: int) -> Iterator[None]:
+        """With the threads that suit a batch of so many tokens; those of everything else on this thread stay as they are."""
+        if self.tuner is None or not 0 < num_tokens <= _MOST_TUNED_TOKENS:
+            yield
+            return
+        usual, threads = torch.get_num_threads(), self.tuner.threads_for(num_tokens)
+        before = self.tuner.threads
+        if threads != usual:
+            torch.set_num_threads(threads)
+        started = time.perf_counter()
+        try:
+            yield
+            self.tuner.note(num_tokens, threads, time.perf_counter() - started)
+        finally:
+            if threads != usual:
+                torch.set_num_threads(usual)
+        if self.tuner.threads != before:
+            log.info("threads changed from=%d to=%d num_tokens=%d", before, self.tuner.threads, num_tokens)
 
     def _may_trace(self, hop: Span, *, at_once: bool = False) -> None:
         """Trace a hop once it has proved to be in use: that takes 30 ms a block, and memory."""
