@@ -77,7 +77,12 @@ def cli() -> None:
     metavar="PERCENT",
     help="What --precision auto may cost: 0.1 allows fp32 and bf16, 0.5 int8, too, 8 also int4.",
 )
-@click.option("--threads", type=int, help="Threads for computing. Default: measured at start.")
+@click.option("--device", default="cpu", help="cpu, cuda or cuda:NUMBER.")
+@click.option(
+    "--threads",
+    type=int,
+    help="Threads for computing. Default: measured at start, and followed as the machine gets busy.",
+)
 @click.option("--cache-mib", type=int, default=512, help="Budget for the KV caches of all sessions.")
 @click.option(
     "--max-memory-mib",

@@ -20,6 +20,7 @@ from node.announcer import Announcer
 from node.backend.step_engine import StepEngine
 from node.claims import Claimant, claim_of_span
 from node.config import NodeConfig
+from node.device import check_device
 from node.executor import Executor
 from node.freed_memory import return_freed_memory
 from node.placement import block_rates, blocks_that_fit, choose_span
@@ -236,6 +237,7 @@ def run_node(config: NodeConfig) -> int:
     import uvloop
 
     try:
+        check_device(config.device)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             if config.run_ids:
                 from node.training.runtime import TrainingNode
