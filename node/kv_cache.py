@@ -56,6 +56,8 @@ class SessionTable:
     limits: SessionLimits
     bytes_per_token: int
     """Cache bytes of one token of one row, in all blocks of the span."""
+    longest_text: int | None = None
+    """Tokens that any session may have, because of the model; None if it sets no bound (swarm/decoder.py:longest_text)."""
     sessions: dict[tuple[str, bytes], Session] = field(default_factory=dict)
     """The oldest first."""
     leaving: bool = False
@@ -99,6 +101,11 @@ class SessionTable:
             raise Refused(
                 node_pb2.THIS_NODE_HAS_NO_ROOM,
                 f"{len(self.sessions)} sessions are open, no more are served; try another node or later",
+            )
+        if self.longest_text is not None and max_length > self.longest_text:
+            raise Refused(
+                node_pb2.THE_CACHE_IS_TOO_SMALL,
+                f"{max_length} tokens are more than the {self.longest_text} up to which this model's rotary tables (longrope) stay as they are",
             )
         needed = batch * self.pool.pages_of(max_length)
         if needed > self.pool.num_pages:

@@ -36,7 +36,9 @@ def serve_shard(
 ) -> NodeService:
     if config.threads is None:
         engine.tuner = ThreadTuner(thread_counts(None), throughput.threads)
-    sessions = SessionTable(session_limits_of(config, num_models=num_models), shard.cache_bytes_per_token)
+    sessions = SessionTable(
+        session_limits_of(config, num_models=num_models), shard.cache_bytes_per_token, shard.model.longest_text
+    )
     microbatches = Microbatches(shard, executor, microbatch_limits_of(config, num_models=num_models))
     chunk_tokens = max(16, min(512, int(throughput.prefill_tokens_per_s * MAX_STALL_S)))
     steps = Steps(

@@ -59,6 +59,7 @@ class SpanModel:
         self.numeric_class = numeric_class or ("fp32" if dtype == torch.float32 else "bf16")
         self.hidden_size = int(checkpoint.config.hidden_size)
         self.longest_text = longest_text(checkpoint.config)
+        """Tokens that a session may have; None: as many as anybody likes."""
         tensors = checkpoint.load_blocks(span) if state_dict is None else state_dict
         renamed = renumber(tensors, span.start)
         tensors.clear()

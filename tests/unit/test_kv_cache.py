@@ -73,6 +73,15 @@ def test_a_session_takes_pages_as_it_grows() -> None:
     assert table.used_bytes == 6 * PAGE_TOKENS * BYTES_PER_TOKEN
 
 
+def test_no_session_is_longer_than_the_model_allows() -> None:
+    table = make_table()
+    table.longest_text = 12
+    code, reason = refusal(table, "a", 1, max_length=13)
+    assert code == node_pb2.THE_CACHE_IS_TOO_SMALL
+    assert "13 tokens are more than the 12 up to which this model's rotary tables (longrope) stay as they are" in reason
+    admit(table, "a", 1, max_length=12)
+
+
 def test_closing_frees_the_pages_and_closing_twice_is_fine() -> None:
     table = make_table()
     one, other = admit(table, "a", 1), admit(table, "b", 1)
