@@ -15,7 +15,7 @@ def test_the_cpu_is_always_there() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_without_a_cuda_device_the_user_is_told_what_to_do() -> None:
-    with pytest.raises(UserError, match="--device cuda: torch finds no CUDA device here .*or use --device cpu"):
+    with pytest.raises(UserError, match=r"--device cuda: torch finds no CUDA device here .*or use --device cpu"):
         check_device("cuda")
 
 
