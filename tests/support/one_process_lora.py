@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed.tensor  # noqa: F401  PEFT takes it for granted, and what our programs import leaves it out
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
