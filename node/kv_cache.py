@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from node.config import NodeConfig
@@ -136,10 +137,14 @@ class SessionTable:
         """See that so many pages are free for a session, if need be by ending younger ones. Raises Refused.
 
         Of these, the youngest of the peer that holds the most pages goes first. One whose step is under way ends after it: then
-        the older session is refused for now.
+        the older session is refused for now. Nobody ends if that would not be enough.
         """
+        if num_pages <= self.pool.num_available:
+            return
         younger = list(self.sessions.values())
         younger = younger[younger.index(session) + 1 :]
+        if num_pages > self.pool.num_available + self._num_held_by_these_alone(younger):
+            raise self._no_room(num_pages, "older sessions hold the rest")
         held: Counter[str] = Counter()
         for other in self.sessions.values():
             held[other.peer_id] += other.pages.num_pages
@@ -155,12 +160,7 @@ class SessionTable:
             else:
                 self.evict(victim)
         if self.pool.num_available < num_pages:
-            raise Refused(
-                node_pb2.THIS_NODE_HAS_NO_ROOM,
-                f"{self._mib(num_pages)} more of cache are needed, {self._mib(self.pool.num_available)} are free; "
-                + ("younger sessions are about to make room" if promised else "older sessions hold the rest")
-                + "; try another node or later",
-            )
+            raise self._no_room(num_pages, "younger sessions are about to make room")
 
     def evict(self, session: Session) -> None:
         """End a session for an older one's sake."""
@@ -180,6 +180,16 @@ class SessionTable:
     def idle_left_s(self, session: Session, now: float) -> float:
         """Seconds until the session expires; not positive: it has."""
         return session.last_used + self.limits.idle_s - now
+
+    def _num_held_by_these_alone(self, sessions: Sequence[Session]) -> int:
+        held = Counter(page for session in sessions for page in session.pages.held())
+        return sum(self.pool.num_holders(page) == count for page, count in held.items())
+
+    def _no_room(self, num_pages: int, why: str) -> Refused:
+        return Refused(
+            node_pb2.THIS_NODE_HAS_NO_ROOM,
+            f"{self._mib(num_pages)} more of cache are needed, {self._mib(self.pool.num_available)} are free; {why}; try another node or later",
+        )
 
     def _mib(self, num_pages: int) -> str:
         return f"{num_pages * self.page_bytes / 2**20:.1f} MiB"
