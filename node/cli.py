@@ -64,8 +64,25 @@ def cli() -> None:
     type=click.Path(path_type=Path),
     help="File with this node's key; made if missing. Default: a new one each time.",
 )
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", help="What the blocks compute in.")
-@click.option("--threads", type=int, help="Threads for computing. Default: measured at start.")
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="auto",
+    help="Numeric class of the blocks; auto: the fastest one here that keeps to --max-perplexity-change. With --run: of sessions.",
+)
+@click.option(
+    "--max-perplexity-change",
+    type=float,
+    default=0.1,
+    metavar="PERCENT",
+    help="What --precision auto may cost: 0.1 allows fp32 and bf16, 0.5 int8, too, 8 also int4.",
+)
+@click.option("--device", default="cpu", help="cpu, cuda or cuda:NUMBER.")
+@click.option(
+    "--threads",
+    type=int,
+    help="Threads for computing. Default: measured at start, and followed as the machine gets busy.",
+)
 @click.option("--cache-mib", type=int, default=512, help="Budget for the KV caches of all sessions.")
 @click.option(
     "--max-memory-mib",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from swarm.errors import UserError
-from swarm.numeric_class import NUMERIC_CLASSES
+from swarm.numeric_class import AUTO, NUMERIC_CLASSES
 from swarm.span import Span
 from swarm.training.member_config import LEAST_DONOR_MIB_PER_S, MembershipConfig
 
-PRECISIONS = tuple(NUMERIC_CLASSES)
+PRECISIONS = (*NUMERIC_CLASSES, AUTO)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +34,12 @@ class NodeConfig:
     use_relay: bool = False
     """Nobody can reach this node directly; the initial peers relay connections to it."""
     identity: Path | None = None
-    precision: str = "fp32"
-    """Numeric class of what is served: see swarm/numeric_class.py. A run computes in what its rules say."""
+    precision: str = AUTO
+    """Numeric class of what is served (swarm/numeric_class.py), or "auto": which one is the fastest. A run computes in what its rules say."""
+    max_perplexity_change: float = 0.1
+    """Percent that the class may change the model's perplexity by, when it is chosen here."""
     device: str = "cpu"
+    """"cpu", "cuda" or "cuda:NUMBER"."""
     threads: int | None = None
     """Threads of the device. None: measured at start."""
     cache_bytes: int = 512 * 2**20
@@ -76,6 +80,8 @@ class NodeConfig:
             )
         if self.precision not in PRECISIONS:
             raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise UserError(f"--device must be cpu, cuda or cuda:NUMBER, got {self.device!r}")
         positive = {
             "--cache-mib": self.cache_bytes,
             "--max-sessions": self.max_sessions,
@@ -97,6 +103,8 @@ class NodeConfig:
             )
         if self.stash_bytes < 0:
             raise UserError(f"--stash-mib must not be negative, got {self.stash_bytes / 2**20:.0f}")
+        if not self.max_perplexity_change >= 0:
+            raise UserError(f"--max-perplexity-change must be 0 percent or more, got {self.max_perplexity_change}")
         if not 3 <= self.record_lifetime_s <= 300:
             raise UserError(f"--record-lifetime must be 3 to 300 seconds, got {self.record_lifetime_s}")
         if not 0 < self.serving_share < 1:

@@ -20,9 +20,11 @@ from node.announcer import Announcer
 from node.backend.step_engine import StepEngine
 from node.claims import Claimant, claim_of_span
 from node.config import NodeConfig
+from node.device import check_device
 from node.executor import Executor
 from node.freed_memory import return_freed_memory
 from node.placement import block_rates, blocks_that_fit, choose_span
+from node.precision import choose_class
 from node.serving import load_engine, serve_shard
 from node.shard import Shard, load_shard
 from node.throughput import Throughput, measure_throughput
@@ -49,6 +51,7 @@ class Node:
         self.config = config
         self._executor = Executor(config.max_waiting_jobs)
         self._started_at = time.time()
+        self._numeric_class = config.precision
 
     async def run(self) -> None:
         """Join, load, serve until SIGTERM or SIGINT, leave. Raises SwarmError with a line for the user."""
@@ -64,6 +67,7 @@ class Node:
             stack.push_async_callback(directory.close)
 
             checkpoint = await self._open_checkpoint(directory)
+            self._numeric_class = await self._choose_class(checkpoint)
             announcer = await self._claim_span(host, directory, checkpoint)
             shard, engine, throughput = await self._load(checkpoint, announcer.record.span)
             service = serve_shard(shard, checkpoint.name, engine, self._executor, config, throughput)
@@ -94,6 +98,13 @@ class Node:
             lambda: open_checkpoint(self.config.model, prefer_sources=sources, cache_dir=self.config.cache_dir)
         )
 
+    async def _choose_class(self, checkpoint: Checkpoint) -> str:
+        config = self.config
+        wanted, budget = config.precision, config.max_perplexity_change
+        return await self._on_device(
+            lambda: choose_class(wanted, budget, checkpoint.config, device=config.device, threads=config.threads)
+        )
+
     async def _claim_span(self, host: Host, directory: Directory, checkpoint: Checkpoint) -> Announcer:
         """Choose the span (if not told) and announce JOINING for it; choose again if another joiner takes the same one."""
         spec = await self._on_device(lambda: checkpoint.spec)
@@ -117,7 +128,7 @@ class Node:
             num_blocks=spec.num_blocks,
             span=blocks or Span(0, spec.num_blocks),
             block_digests=(),
-            numeric_class=self.config.precision,
+            numeric_class=self._numeric_class,
             state=ShardState.JOINING,
             started_at=self._started_at,
             expires_at=time.time() + self.config.record_lifetime_s,
@@ -146,7 +157,7 @@ class Node:
         length = self.config.num_blocks
         if length is None:
             budget = self.config.max_memory_bytes or int(0.6 * psutil.virtual_memory().available)
-            width = NUMERIC_CLASSES[self.config.precision].bytes_per_parameter
+            width = NUMERIC_CLASSES[self._numeric_class].bytes_per_parameter
             sizes = [checkpoint.block_bytes(Span(b, b + 1), width) for b in range(num_blocks)]
             length = blocks_that_fit(sizes, budget - self.config.cache_bytes)
             if length == 0:
@@ -163,7 +174,7 @@ class Node:
         config = self.config
 
         def load() -> tuple[Shard, StepEngine, Throughput]:
-            shard = load_shard(checkpoint, span, precision=config.precision, device=config.device)
+            shard = load_shard(checkpoint, span, precision=self._numeric_class, device=config.device)
             return shard, load_engine(shard, config), measure_throughput(shard.model, config.threads)
 
         return await self._on_device(load)
@@ -226,6 +237,7 @@ def run_node(config: NodeConfig) -> int:
     import uvloop
 
     try:
+        check_device(config.device)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             if config.run_ids:
                 from node.training.runtime import TrainingNode

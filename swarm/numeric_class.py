@@ -17,17 +17,22 @@ class NumericClass:
     """Of a linear's weights; None: as wide as the activations."""
     bytes_per_parameter: float
     """Of all linears' weights in memory, scales included."""
+    perplexity_change_percent: float
+    """Bound of what we measured with SmolLM2-135M (benchmarks/perplexity.py, docs/log.md). Larger models lose less."""
 
+
+AUTO = "auto"
+"""In the place of a class: the node measures which one is the fastest."""
 
 NUMERIC_CLASSES = {
     one.name: one
     for one in (
-        NumericClass("fp32", "float32", None, 4),
-        NumericClass("bf16", "bfloat16", None, 2),
+        NumericClass("fp32", "float32", None, 4, 0),
+        NumericClass("bf16", "bfloat16", None, 2, 0.1),
         # One bf16 scale for each output row: 2 bytes for some 576 or more weights.
-        NumericClass("int8", "bfloat16", 8, 1.004),
+        NumericClass("int8", "bfloat16", 8, 1.004, 0.5),
         # 4 bits, and bf16 scale and zero for each group of 32: 0.625 bytes; some 5 % of the weights have 8 bits.
-        NumericClass("int4", "bfloat16", 4, 0.65),
+        NumericClass("int4", "bfloat16", 4, 0.65, 8),
     )
 }
 

@@ -20,6 +20,7 @@ from node.config import NodeConfig
 from node.device_share import Purpose
 from node.executor import Executor
 from node.job_queue import JobKind
+from node.precision import class_of_run
 from node.service import NodeService
 from node.serving import load_engine, serve_shard
 from node.shard import Shard, load_shard
@@ -88,14 +89,15 @@ class LiveModels:
 
     async def _publish(self, place: Place, values: Tensor) -> None:
         span, config = self._store.spec.stages[self._stage], self._config
+        precision = class_of_run(config.precision, self._store.spec)
 
         def load() -> tuple[Shard, StepEngine, str]:
             self._layout = self._layout or layout_of(self._store.spec)
             model = RunModel(self._store, place, {self._stage: values}, self._layout)
             if isinstance(self._layout, AdapterLayout):
-                shard = self._frozen.adapted_shard(model, self._layout, self._stage, config.precision, config.device)
+                shard = self._frozen.adapted_shard(model, self._layout, self._stage, precision, config.device)
             else:
-                shard = load_shard(model, span, precision=config.precision, device=config.device)
+                shard = load_shard(model, span, precision=precision, device=config.device)
             if self._throughput is None:
                 self._throughput = measure_throughput(shard.model, config.threads)
             return shard, load_engine(shard, config, num_models=NUM_LIVE), model.name

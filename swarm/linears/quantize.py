@@ -121,7 +121,7 @@ def quantize_int4(weight_OI: Tensor) -> Int4Codes:
     parts = []
     for part in _parts(weight_OI):
         padded = torch.nn.functional.pad(part.float(), (0, missing))
-        codes, scale, zero = _int4_of(padded.view(-1, GROUP).t().contiguous())
+        codes, scale, zero = _int4_of(padded.reshape(-1, GROUP).t().contiguous())
         flat = codes.add_(8).to(torch.uint8).t().reshape(len(part), -1)
         parts.append((flat[:, 0::2] | flat[:, 1::2] << 4, scale.view(-1, num_groups), zero.view(-1, num_groups)))
     packed, scales, zeros = (torch.cat(pieces) for pieces in zip(*parts, strict=True))

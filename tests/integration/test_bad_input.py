@@ -119,7 +119,7 @@ def runs(
 
     def node(name: str, *flags: str, model: Path = folder / "tiny", peers: str = here) -> None:
         common = ["--model", str(model), "--initial-peers", peers, "--join-timeout", str(TIMEOUT_S)]
-        runs.start(name, "node", "run", *common, *flags)
+        runs.start(name, "node", "run", "--precision", "fp32", *common, *flags)
 
     generate("nobody serves the model", folder / "lonely")
     generate("nobody serves some blocks", folder / "gap")

@@ -74,7 +74,7 @@ def test_a_node_that_nobody_can_reach_serves_through_the_bootstrap_peers_relay(t
             from_left, from_right = (
                 f"/ip4/10.{net}.{hosts.octet}.1/tcp/31337/p2p/{bootstrap.peer_id}" for net in (77, 78)
             )
-            run = ["node", "run", "--model", model, *everywhere]
+            run = ["node", "run", "--model", model, "--precision", "fp32", *everywhere]
             both = ["--initial-peers", from_right, "--initial-peers", from_left]
             node = start("relayed", hosts.left, *run, "--blocks", "0:2", "--relay", *both, "--join-timeout", "20")
             direct = start("direct", hosts.middle, *run, "--blocks", "2:4", "--initial-peers", from_left)

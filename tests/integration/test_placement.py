@@ -82,7 +82,7 @@ def test_versions_meet_or_refuse_clearly(tiny_path, fork_server, tmp_path):
 def test_a_session_leaves_its_numeric_class_only_when_nobody_of_it_is_left(tiny_path, fork_server, tmp_path):
     with local_swarm(tmp_path / "swarm", fork_server=fork_server) as nodes:
         victim = nodes.start_node(tiny_path, "0:4", fault={"action": "SIGKILL", "at_step": 4})
-        other = nodes.start_node(tiny_path, "0:4", "--precision", "bf16")
+        other = nodes.start_node(tiny_path, "0:4", precision="bf16")
         victim.ready(), other.ready()
         with swarm.connect(initial_peers=nodes.initial_peers, model=str(tiny_path)) as connected:
             model = connected.model()

@@ -145,9 +145,11 @@ class LocalSwarm:
         real_command: bool = False,
         initial_peers: list[str] | None = None,
         threads: int | None = 1,
+        precision: str = "fp32",
     ) -> Process:
         """Start a node without waiting for it. threads: None leaves them to the node.
 
+        precision: in fp32 what a node computes is that of one process, but for the order of additions.
         fault: see tests/support/faulty_node.py. s_per_block: what the node announces, so that routes are predictable.
         real_command: python -m node, also when there is a fork server.
         """
@@ -166,7 +168,7 @@ class LocalSwarm:
             _write_fault(self.folder / f"{name}.fault", fault)
         command = [sys.executable, "-m", module, "run"]
         command += ["--model", str(model), "--initial-peers", ",".join(initial_peers or self.initial_peers)]
-        command += ["--drain-timeout", "2"]
+        command += ["--drain-timeout", "2", "--precision", precision]
         command += ["--threads", str(threads)] if threads else []
         command += ["--blocks", blocks] if blocks else []
         process = Process([*command, *flags], self.folder / f"{name}.log", environment, fork_server)

@@ -112,7 +112,17 @@ BAD_ARGUMENTS: dict[str, tuple[str, list[str], str]] = {
     "blocks empty": ("node", [*NODE, "--blocks", "2:2"], "need 0 <= start < end, got 2:2"),
     "blocks nonsense": ("node", [*NODE, "--blocks", "first"], "expected blocks as start:end, for example 0:10"),
     "blocks contradict": ("node", [*NODE, "--blocks", "0:2", "--num-blocks", "3"], "contradict each other; give one"),
-    "precision": ("node", [*NODE, "--precision", "fp64"], "'fp64' is not one of 'fp32', 'bf16', 'int8', 'int4'"),
+    "precision": (
+        "node",
+        [*NODE, "--precision", "fp64"],
+        "'fp64' is not one of 'fp32', 'bf16', 'int8', 'int4', 'auto'",
+    ),
+    "device": ("node", [*NODE, "--device", "tpu"], "--device must be cpu, cuda or cuda:NUMBER, got 'tpu'"),
+    "less than no change": (
+        "node",
+        [*NODE, "--max-perplexity-change", "-1"],
+        "--max-perplexity-change must be 0 percent or more, got -1.0",
+    ),
     "no cache": ("node", [*NODE, "--cache-mib", "0"], "--cache-mib must be positive, got 0"),
     "no threads": ("node", [*NODE, "--threads", "0"], "--threads must be positive, got 0"),
     "no blocks": ("node", [*NODE, "--num-blocks", "-1"], "--num-blocks must be positive, got -1"),
@@ -285,5 +295,5 @@ def test_only_multiaddrs_are_multiaddrs(text: str, fits: bool) -> None:
 
 
 def test_a_configuration_made_in_code_is_checked_as_well() -> None:
-    with pytest.raises(UserError, match="--precision must be one of fp32, bf16, int8, int4, got 'fp64'"):
+    with pytest.raises(UserError, match="--precision must be one of fp32, bf16, int8, int4, auto, got 'fp64'"):
         NodeConfig(model="tiny", precision="fp64")
