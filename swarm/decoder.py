@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from swarm.errors import UserError
-from swarm.meta_init import without_symbols
 from swarm.span import Span
 from swarm.terminal import quiet_libraries
 
@@ -168,8 +167,7 @@ def build_model(
 
     class Cut(whole):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **options: Any) -> None:
-            with without_symbols():
-                super().__init__(*args, **options)
+            super().__init__(*args, **options)
             cut(self)
 
     # transformers finds conversions of old checkpoints by the names of classes.
