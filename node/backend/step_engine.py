@@ -29,7 +29,7 @@ from swarm.span import Span
 
 log = logging.getLogger(__name__)
 
-_BATCHES_BEFORE_TRACE = 16
+_BATCHES_BEFORE_TRACE = 32
 _MOST_TUNED_TOKENS = 32
 """Larger batches are prompts: few large operators, which bear with a busy machine."""
 
@@ -81,7 +81,6 @@ class StepEngine:
         """Why steps are computed one at a time, if they are."""
         try:
             self.ragged = RaggedSpan(model)
-            self._may_trace(model.span, at_once=True)
             self._store: PageStore = self.ragged.new_store(num_pages, page_tokens)
         except NotRagged as reason:
             self.reason = str(reason)
@@ -135,14 +134,13 @@ class StepEngine:
         if self.tuner.threads != before:
             log.info("threads changed from=%d to=%d num_tokens=%d", before, self.tuner.threads, num_tokens)
 
-    def _may_trace(self, hop: Span, *, at_once: bool = False) -> None:
-        """Trace a hop once it has proved to be in use: that takes 30 ms and 1.6 MiB a block.
+    def _may_trace(self, hop: Span) -> None:
+        """Trace a hop once it has proved to be in use: that takes 30 ms and 1.6 MiB a block, which a node's start need not wait for.
 
         As peers may ask for any part of the span, all traces together have at most twice as many blocks as it has.
         """
         self._num_batches[hop] += 1
-        if self.ragged is not None and (at_once or self._num_batches[hop] == _BATCHES_BEFORE_TRACE):
-            self._num_batches[hop] = _BATCHES_BEFORE_TRACE
+        if self.ragged is not None and self._num_batches[hop] == _BATCHES_BEFORE_TRACE:
             if self._num_traced_blocks + len(hop) <= 2 * len(self.model.span) and self.ragged.trace(hop):
                 self._num_traced_blocks += len(hop)
 
