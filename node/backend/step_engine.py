@@ -140,9 +140,10 @@ class StepEngine:
         As peers may ask for any part of the span, all traces together have at most twice as many blocks as it has.
         """
         self._num_batches[hop] += 1
-        if self.ragged is not None and self._num_batches[hop] == _BATCHES_BEFORE_TRACE:
-            if self._num_traced_blocks + len(hop) <= 2 * len(self.model.span) and self.ragged.trace(hop):
-                self._num_traced_blocks += len(hop)
+        is_due = self._num_batches[hop] == _BATCHES_BEFORE_TRACE
+        has_room = self._num_traced_blocks + len(hop) <= 2 * len(self.model.span)
+        if self.ragged is not None and is_due and has_room and self.ragged.trace(hop):
+            self._num_traced_blocks += len(hop)
 
     def _compute_alone(self, step: EngineStep, count: int) -> None:
         assert step.cache is not None
