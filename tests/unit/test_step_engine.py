@@ -91,6 +91,7 @@ class RandomClients:
 def test_under_random_schedules_each_session_gets_what_it_gets_alone(
     family: str, engines: dict[str, StepEngine], seed: int
 ) -> None:
+    assert engines[family].computes_together == (family in TOGETHER), engines[family].reason
     node = Node(engines[family])
     clients = RandomClients(node, random.Random(seed))
     for _ in range(80):
@@ -148,6 +149,38 @@ def test_a_found_prompt_outlives_who_sent_it_and_is_copied_when_it_is_changed(en
         node.send(client, text(3).expand(client.session.batch, -1, -1), rewind_to=20)
     wait_together(node, *others)
     assert torch.equal(node.step(node.open(), prompt), expected), "they wrote into copies"
+
+
+def test_a_page_that_was_copied_half_full_is_found_whole(engines: dict[str, StepEngine]) -> None:
+    """With what came out of the hop for its first half, too."""
+    node, prompt = Node(engines["llama"]), text(32)
+    beams = node.open(batch=2)
+    other = text(20, seed=8)
+    first = node.step(beams, torch.cat([other, prompt[:, :20]]))
+    second = node.step(beams, prompt[:, 20:].expand(2, -1, -1), reorder=[1, 1])
+    assert len(beams.session.pages.table(0)) == 2 and node.table.pool.num_held == 3
+    node.cancel(beams)
+    assert torch.equal(node.step(node.open(), prompt), torch.cat([first[1:], second[:1]], dim=1))
+    assert node.num_found == 32
+
+
+def test_a_prompt_is_found_whatever_padding_is_before_it(engines: dict[str, StepEngine]) -> None:
+    node, prompt = Node(engines["llama"]), text(20)
+    expected = node.step(node.open(), prompt)
+    padded = node.open(batch=2)
+    mask = torch.tensor([[False] * 7 + [True] * 20, [True] * 27])
+    output = node.step(padded, torch.stack([torch.cat([text(7), prompt], dim=1)[0], text(27, seed=9)[0]]), mask)
+    assert node.num_found == 16 and torch.equal(output[:1, 7:23], expected[:, :16])
+
+
+def test_a_row_may_be_rewound_into_its_padding(engines: dict[str, StepEngine]) -> None:
+    node = Node(engines["llama"])
+    client = node.open(batch=2)
+    mask = torch.tensor([[False] * 10 + [True] * 5, [True] * 15])
+    node.step(client, text(15).expand(2, -1, -1), mask)
+    node.step(client, text(8, seed=2).expand(2, -1, -1), rewind_to=4)
+    node.step(client, text(3, seed=3).expand(2, -1, -1), rewind_to=8)
+    assert client.session.pages.lengths == [7, 11]
 
 
 def test_a_prompt_that_is_under_way_is_not_found_before_it_is_computed(engines: dict[str, StepEngine]) -> None:
