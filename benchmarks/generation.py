@@ -49,10 +49,17 @@ class StepTimes(BaseStreamer):
 
 
 def generate_s(model: Any, inputs: dict[str, Any], num_tokens: int, streamer: BaseStreamer | None = None) -> float:
-    """Seconds of a greedy generate of exactly num_tokens."""
+    """Seconds of a greedy generate of exactly num_tokens.
+
+    It ends at a token that does not come: min_new_tokens would look at every logit of every step.
+    """
     started = time.perf_counter()
     output = model.generate(
-        **inputs, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, streamer=streamer
+        **inputs,
+        max_new_tokens=num_tokens,
+        eos_token_id=model.config.vocab_size - 1,
+        do_sample=False,
+        streamer=streamer,
     )
     elapsed = time.perf_counter() - started
     assert output.shape[1] == inputs["input_ids"].shape[1] + num_tokens

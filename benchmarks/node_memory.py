@@ -2,7 +2,8 @@
 
 python benchmarks/node_memory.py --json
 Bare imports (a process with the very modules of the node, and nothing else), p2pd and the node are measured side by side, since shared
-pages are split among those who map them. beyond_*_mb: of the node, without bare imports, p2pd, weights and cache.
+pages are split among those who map them. beyond_*_mb: of the node, without bare imports, p2pd and weights; after serving this has what
+the cache keeps of the conversations in it, cache_at_most_mb. beyond_*_own_mb: the same of pages that belong to no file.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from tests.support.fork_server import ROOT, environment
 from tests.support.processes import LocalSwarm, Process, local_swarm
 
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it sees that the dog is not as lazy as it seemed."
+ITEMSIZE = {"fp32": 4, "bf16": 2}
 IMPORTS = {
     "plain_imports": "import torch, transformers, hivemind",
     # What a node had imported before anything was left out: the libraries whole, and the family's code.
@@ -71,14 +73,16 @@ def import_figures(repeats: int) -> dict[str, list[float]]:
         for name, code in IMPORTS.items():
             command = [sys.executable, "-c", code + MEASURE]
             done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, check=True)
-            for key, value in json.loads(done.stdout).items():
+            for key, value in json.loads(done.stdout.splitlines()[-1]).items():
                 figures[f"{name}_{key}"].append(value)
     return figures
 
 
-def pss_mb(pid: int) -> float:
-    """Proportional set size in MB."""
-    return float(psutil.Process(pid).memory_full_info().pss / 1e6)
+def pss_mb(pid: int, kind: str = "Pss") -> float:
+    """Proportional set size in MB. kind: Pss_Anon for that of pages which belong to no file."""
+    match = re.search(rf"^{kind}:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    assert match is not None
+    return int(match[1]) * 1.024e-3
 
 
 def mapped_weights_mb(pid: int) -> tuple[float, float]:
@@ -121,15 +125,26 @@ def start_timed_node(swarm: LocalSwarm, *flags: str) -> Process:
     return process
 
 
-def generate(swarm: LocalSwarm, model: str, num_tokens: int) -> None:
-    """Three conversations of one, one and two rows."""
+def generate(swarm: LocalSwarm, model: str, num_tokens: int) -> int:
+    """Three conversations of one, one and two rows. The tokens that nodes have seen, at most: what rows begin with is kept once."""
     import swarm as library
 
+    num_seen = 0
     with library.connect(initial_peers=swarm.initial_peers, model=model) as connected:
         tokenizer = connected.tokenizer()
         for num_rows in (1, 1, 2):
             inputs = tokenizer([PROMPT] * num_rows, return_tensors="pt")
-            connected.model().generate(**inputs, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)
+            output = connected.model().generate(
+                **inputs, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False
+            )
+            num_seen += output.numel()
+    return num_seen
+
+
+def cache_bytes_per_token(config: Any, span: Span, itemsize: int) -> int:
+    """Of a model whose blocks have keys and values of one size: those of the span, and what comes out of its last block."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int((2 * config.num_key_value_heads * head_dim * len(span) + config.hidden_size) * itemsize)
 
 
 def node_figures(options: argparse.Namespace, modules: Path | None, weights_mb: float) -> tuple[dict[str, float], str]:
@@ -150,24 +165,30 @@ def node_figures(options: argparse.Namespace, modules: Path | None, weights_mb: 
             phase = line["phase"].replace(" ", "_")
             figures[f"phase_{phase}_s"], figures[f"phase_{phase}_cpu_s"] = line["wall_s"], line["cpu_s"]
 
-        def beyond_mb(bare_pid: int) -> float:
+        def note_beyond(when: str, bare_pid: int) -> None:
             mapped_pss, mapped_rss = mapped_weights_mb(node.pid)
-            return pss_mb(node.pid) - mapped_pss - max(0.0, weights_mb - mapped_rss) - pss_mb(bare_pid)
+            packed_mb = max(0.0, weights_mb - mapped_rss)
+            figures[f"beyond_{when}_mb"] = pss_mb(node.pid) - mapped_pss - packed_mb - pss_mb(bare_pid)
+            own_mb = pss_mb(node.pid, "Pss_Anon") - pss_mb(bare_pid, "Pss_Anon")
+            figures[f"beyond_{when}_own_mb"] = own_mb - packed_mb
 
         if modules is not None:
             (p2pd,) = node.p2pd_pids()
             with bare_process(modules) as bare_pid:
                 figures["bare_imports_mb"], figures["p2pd_mb"] = pss_mb(bare_pid), pss_mb(p2pd)
                 figures["bare_imports_rss_mb"] = psutil.Process(bare_pid).memory_info().rss / 1e6
-                figures["node_mb"], figures["beyond_at_rest_mb"] = pss_mb(node.pid), beyond_mb(bare_pid)
+                figures["node_mb"] = pss_mb(node.pid)
+                note_beyond("at_rest", bare_pid)
             figures["processes"] = 1 + len(psutil.Process(node.pid).children(recursive=True))
-        span, num_blocks = Span.parse(options.blocks), open_checkpoint(options.model).num_blocks
+        checkpoint, span = open_checkpoint(options.model), Span.parse(options.blocks)
+        itemsize, num_blocks = ITEMSIZE[options.precision], checkpoint.num_blocks
         others = [Span(*ends) for ends in ((0, span.start), (span.end, num_blocks)) if ends[0] < ends[1]]
         swarm.start_nodes(options.model, *map(str, others))
-        generate(swarm, options.model, options.tokens)
+        num_seen = generate(swarm, options.model, options.tokens)
+        figures["cache_at_most_mb"] = num_seen * cache_bytes_per_token(checkpoint.config, span, itemsize) / 1e6
         if modules is not None:
             with bare_process(modules) as bare_pid:
-                figures["beyond_after_serving_mb"] = beyond_mb(bare_pid)
+                note_beyond("after_serving", bare_pid)
                 figures["peak_beyond_imports_to_weights"] = (
                     figures["peak_mb"] - figures["bare_imports_rss_mb"]
                 ) / weights_mb
@@ -179,13 +200,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--blocks", default="0:15")
-    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--precision", default="fp32", choices=list(ITEMSIZE))
     parser.add_argument("--tokens", type=int, default=64, help="that each conversation has after its prompt")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    itemsize = 4 if options.precision == "fp32" else 2
-    weights_mb = open_checkpoint(options.model).block_bytes(Span.parse(options.blocks), itemsize) / 1e6
+    span = Span.parse(options.blocks)
+    weights_mb = open_checkpoint(options.model).block_bytes(span, ITEMSIZE[options.precision]) / 1e6
     figures = import_figures(options.repeats)
     _, names = node_figures(options, None, weights_mb)
     with tempfile.TemporaryDirectory() as folder:

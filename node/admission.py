@@ -1,4 +1,6 @@
-"""Admission: what a step must be like, and what it does to its session before the device computes it. Pure bookkeeping.
+"""Admission: how sessions begin, what a step must be like, and what it does to its session before and after the device computes it.
+
+Pure bookkeeping.
 
 B batch rows, T new tokens, H hidden size.
 """
@@ -10,14 +12,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from node.backend.step_engine import EngineStep
+from node.backend.step_engine import EngineStep, StepEngine
 from node.kv_cache import SessionTable
 from node.session import Session
+from node.session_pages import SessionPages
 from protos import node_pb2
 from swarm.errors import BadRequest
+from swarm.span import Span
 from swarm.tensors import FLOATING, TensorLimits
 
 MAX_STEP_TOKENS = 512
+
+
+def open_session(
+    sessions: SessionTable, engine: StepEngine, hop: Span, peer_id: str, request: node_pb2.OpenSession, now: float
+) -> Session:
+    """One that SessionTable.admit let in."""
+    session = Session(
+        session_id=request.session_id,
+        peer_id=peer_id,
+        hop=hop,
+        batch=request.batch,
+        max_length=request.max_length,
+        last_used=now,
+        # On another hop the same inputs give other keys and values.
+        pages=SessionPages(sessions.pool, request.batch, f"{hop}".encode() if engine.computes_together else None),
+        cache=engine.new_cache(hop),
+    )
+    sessions.add(session)
+    return session
 
 
 def admit_step(
@@ -30,7 +53,7 @@ def admit_step(
 ) -> EngineStep:
     """Check everything, then take the pages that the new tokens need. dtype: what the blocks compute in.
 
-    Once it is computed, call SessionPages.computed. Raises BadRequest or Refused, with the session as it was.
+    The session is busy until `finish_step`, or until it is closed. Raises BadRequest or Refused, with the session as it was.
     """
     hidden, mask = _checked_tensors(session, tensors, hidden_size)
     num_new = hidden.shape[1]
@@ -40,6 +63,7 @@ def admit_step(
     session.rewind(kept)
     if rows:
         session.reorder(rows)
+    session.is_busy = True
     converted = hidden.to(dtype)
     return EngineStep(
         hop=session.hop,
@@ -52,6 +76,16 @@ def admit_step(
         rewind_to=kept if request.HasField("rewind_to") else None,
         reorder=torch.tensor(rows) if rows else None,
     )
+
+
+def finish_step(sessions: SessionTable, session: Session, now: float) -> None:
+    """A step was computed, and its reply can be sent."""
+    session.is_busy = False
+    session.last_used = session.replied_at = now
+    if sessions.is_open(session):
+        session.pages.computed()
+        if session.must_make_room:
+            sessions.evict(session)
 
 
 def _checked_tensors(session: Session, tensors: Sequence[Tensor], hidden_size: int) -> tuple[Tensor, Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class NodeConfig:
     max_perplexity_change: float = 0.1
     """Percent that the class may change the model's perplexity by, when it is chosen here."""
     device: str = "cpu"
+    """"cpu", "cuda" or "cuda:NUMBER"."""
     threads: int | None = None
     """Threads of the device. None: measured at start."""
     cache_bytes: int = 512 * 2**20
@@ -78,6 +80,8 @@ class NodeConfig:
             )
         if self.precision not in PRECISIONS:
             raise UserError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise UserError(f"--device must be cpu, cuda or cuda:NUMBER, got {self.device!r}")
         positive = {
             "--cache-mib": self.cache_bytes,
             "--max-sessions": self.max_sessions,

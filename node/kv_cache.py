@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from node.config import NodeConfig
@@ -56,6 +57,8 @@ class SessionTable:
     limits: SessionLimits
     bytes_per_token: int
     """Cache bytes of one token of one row, in all blocks of the span."""
+    longest_text: int | None = None
+    """Tokens that any session may have, because of the model; None if it sets no bound (swarm/decoder.py:longest_text)."""
     sessions: dict[tuple[str, bytes], Session] = field(default_factory=dict)
     """The oldest first."""
     leaving: bool = False
@@ -100,6 +103,11 @@ class SessionTable:
                 node_pb2.THIS_NODE_HAS_NO_ROOM,
                 f"{len(self.sessions)} sessions are open, no more are served; try another node or later",
             )
+        if self.longest_text is not None and max_length > self.longest_text:
+            raise Refused(
+                node_pb2.THE_CACHE_IS_TOO_SMALL,
+                f"{max_length} tokens are more than the {self.longest_text} up to which this model's rotary tables (longrope) stay as they are",
+            )
         needed = batch * self.pool.pages_of(max_length)
         if needed > self.pool.num_pages:
             fits = self.pool.num_pages // batch * PAGE_TOKENS
@@ -129,10 +137,14 @@ class SessionTable:
         """See that so many pages are free for a session, if need be by ending younger ones. Raises Refused.
 
         Of these, the youngest of the peer that holds the most pages goes first. One whose step is under way ends after it: then
-        the older session is refused for now.
+        the older session is refused for now. Nobody ends if that would not be enough.
         """
+        if num_pages <= self.pool.num_available:
+            return
         younger = list(self.sessions.values())
         younger = younger[younger.index(session) + 1 :]
+        if num_pages > self.pool.num_available + self._num_held_by_these_alone(younger):
+            raise self._no_room(num_pages, "older sessions hold the rest")
         held: Counter[str] = Counter()
         for other in self.sessions.values():
             held[other.peer_id] += other.pages.num_pages
@@ -148,12 +160,7 @@ class SessionTable:
             else:
                 self.evict(victim)
         if self.pool.num_available < num_pages:
-            raise Refused(
-                node_pb2.THIS_NODE_HAS_NO_ROOM,
-                f"{self._mib(num_pages)} more of cache are needed, {self._mib(self.pool.num_available)} are free; "
-                + ("younger sessions are about to make room" if promised else "older sessions hold the rest")
-                + "; try another node or later",
-            )
+            raise self._no_room(num_pages, "younger sessions are about to make room")
 
     def evict(self, session: Session) -> None:
         """End a session for an older one's sake."""
@@ -173,6 +180,16 @@ class SessionTable:
     def idle_left_s(self, session: Session, now: float) -> float:
         """Seconds until the session expires; not positive: it has."""
         return session.last_used + self.limits.idle_s - now
+
+    def _num_held_by_these_alone(self, sessions: Sequence[Session]) -> int:
+        held = Counter(page for session in sessions for page in session.pages.held())
+        return sum(self.pool.num_holders(page) == count for page, count in held.items())
+
+    def _no_room(self, num_pages: int, why: str) -> Refused:
+        return Refused(
+            node_pb2.THIS_NODE_HAS_NO_ROOM,
+            f"{self._mib(num_pages)} more of cache are needed, {self._mib(self.pool.num_available)} are free; {why}; try another node or later",
+        )
 
     def _mib(self, num_pages: int) -> str:
         return f"{num_pages * self.page_bytes / 2**20:.1f} MiB"

@@ -54,7 +54,8 @@ def choose_class(wanted: str, max_perplexity_change: float, config: object, *, d
 
 def class_of_run(wanted: str, spec: RunSpec) -> str:
     """What a node that trains serves sessions in."""
-    return spec.precision.value if wanted == AUTO else wanted
+    own = spec.precision if spec.lora is None else spec.lora.frozen_precision or spec.precision
+    return own.value if wanted == AUTO else wanted
 
 
 def measure_classes(

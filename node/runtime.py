@@ -20,7 +20,9 @@ from node.announcer import Announcer
 from node.backend.step_engine import StepEngine
 from node.claims import Claimant, claim_of_span
 from node.config import NodeConfig
+from node.device import check_device
 from node.executor import Executor
+from node.freed_memory import return_freed_memory
 from node.placement import block_rates, blocks_that_fit, choose_span
 from node.precision import choose_class
 from node.serving import load_engine, serve_shard
@@ -79,6 +81,7 @@ class Node:
             )
             gc.collect()
             gc.freeze()  # the imports' million objects need not be looked at again between steps
+            return_freed_memory()
             _print_ready(await host.addresses(), announcer.record, throughput, time.monotonic() - started)
             await self._serve_until(signals.stop, host, announcer)
 
@@ -236,6 +239,7 @@ def run_node(config: NodeConfig) -> int:
     import uvloop
 
     try:
+        check_device(config.device)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             if config.run_ids:
                 from node.training.runtime import TrainingNode

@@ -12,12 +12,11 @@ import time
 import torch
 from torch import Tensor
 
-from node.admission import MAX_STEP_TOKENS, admit_step
+from node.admission import MAX_STEP_TOKENS, admit_step, finish_step, open_session
 from node.backend.step_engine import EngineStep
 from node.kv_cache import SessionTable
 from node.microbatches import Microbatches
 from node.session import Session
-from node.session_pages import SessionPages
 from node.shard import Shard
 from node.steps import COMPUTE_ERRORS, Steps
 from protos import node_pb2
@@ -152,19 +151,7 @@ class NodeService:
             raise BadRequest(
                 f"a batch of {request.batch} rows is too large: one step may have {MAX_STEP_BYTES // 2**20} MiB"
             )
-        engine = self._steps.engine
-        origin = f"{hop}".encode() if engine.computes_together else None
-        session = Session(
-            session_id=request.session_id,
-            peer_id=stream.peer_id,
-            hop=hop,
-            batch=request.batch,
-            max_length=request.max_length,
-            last_used=time.monotonic(),
-            pages=SessionPages(self.sessions.pool, request.batch, origin),
-            cache=engine.new_cache(hop),
-        )
-        self.sessions.add(session)
+        session = open_session(self.sessions, self._steps.engine, hop, stream.peer_id, request, time.monotonic())
         stream.accept_messages_of(max_tokens * (row_bytes + request.batch) + MAX_HEADER_BYTES)
         log.info(
             "session opened peer=%s session=%s hop=%s batch=%d max_length=%d",
@@ -216,6 +203,7 @@ class NodeService:
             raise Refused(_code_of_end(session), session.ended_because)
         if session.answered == (request.session_version, request.position):
             return session.kept_reply
+        self._steps.check_room()
         step = admit_step(self.sessions, session, request, tensors, self._shard.hidden_size, self._shard.model.dtype)
         submitted = time.monotonic()
 
@@ -223,7 +211,6 @@ class NodeService:
             return _encode_reply(request, done, tensors[0].dtype, session.num_tokens, submitted)
 
         try:
-            session.is_busy = True
             reply = await self._steps.run(step, session.peer_id, encode, lambda: len(self.sessions.sessions) == 1)
         except COMPUTE_ERRORS as error:
             log.exception("step failed peer=%s hop=%s", session.peer_id, session.hop)
@@ -235,17 +222,11 @@ class NodeService:
         except BaseException:
             self.sessions.close(session, "this session ended when a step failed; open another")
             raise
-        finally:
-            session.is_busy = False
-        if self.sessions.is_open(session):
-            session.pages.computed()
         self.num_steps += 1
         self.num_found_tokens += sum(growth.found for growth in step.growths)
         session.kept_reply = reply
         session.answered = (request.session_version, request.position)
-        session.last_used = session.replied_at = time.monotonic()
-        if session.must_make_room and self.sessions.is_open(session):
-            self.sessions.evict(session)
+        finish_step(self.sessions, session, time.monotonic())
         return reply
 
     def _status(self) -> node_pb2.Reply:

@@ -11,7 +11,8 @@ from node.service import NodeService
 from node.shard import Shard
 from node.step_queue import BatchLimits
 from node.steps import Steps
-from node.throughput import Throughput
+from node.thread_tuner import ThreadTuner
+from node.throughput import Throughput, thread_counts
 
 MAX_STALL_S = 0.1
 """A prompt delays the steps of others by about so much at most: the rest of it waits for the next batch."""
@@ -33,7 +34,11 @@ def serve_shard(
     *,
     num_models: int = 1,
 ) -> NodeService:
-    sessions = SessionTable(session_limits_of(config, num_models=num_models), shard.cache_bytes_per_token)
+    if config.threads is None:
+        engine.tuner = ThreadTuner(thread_counts(None), throughput.threads)
+    sessions = SessionTable(
+        session_limits_of(config, num_models=num_models), shard.cache_bytes_per_token, shard.model.longest_text
+    )
     microbatches = Microbatches(shard, executor, microbatch_limits_of(config, num_models=num_models))
     chunk_tokens = max(16, min(512, int(throughput.prefill_tokens_per_s * MAX_STALL_S)))
     steps = Steps(

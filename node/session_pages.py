@@ -67,6 +67,10 @@ class SessionPages:
         """The row's pages, in the order of their tokens."""
         return self._rows[row].pages
 
+    def held(self) -> list[int]:
+        """Each page as often as this session holds it."""
+        return [*(page for row in self._rows for page in row.pages), *(source for source, _ in self.copies)]
+
     def num_missing(self, lengths: Sequence[int], growths: Sequence[int], order: Sequence[int] = ()) -> int:
         """Pages that must be free for a step: at most so many are needed beyond those that it gives back itself.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from node.backend.code_store import CodeStore
-from node.backend.process_memory import MappedPages, trim_heap
+from node.backend.mapped_pages import MappedPages
 from node.backend.span_model import SpanModel
 from swarm.checkpoint import Checkpoint
 from swarm.errors import UserError
@@ -63,7 +63,6 @@ def load_shard(
             checkpoint, span, numeric_class=precision, device=device, state_dict=tensors,
             code_store=store, block_digests=digests,
         )  # fmt: skip
-    trim_heap()
     return checked_shard(checkpoint, model, digests)
 
 

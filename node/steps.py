@@ -27,7 +27,7 @@ class _Job:
     step: EngineStep
     encode: Callable[[EngineStep], list[Buffer]]
     reply: list[Buffer] | None = None
-    error: BaseException | None = None
+    error: Exception | None = None
 
     @property
     def is_done(self) -> bool:
@@ -62,18 +62,21 @@ class Steps:
         self._turn = asyncio.Condition()
         self._arrival = asyncio.Event()
 
-    async def run(
-        self, step: EngineStep, peer_id: str, encode: Callable[[EngineStep], list[Buffer]], is_alone: Callable[[], bool]
-    ) -> list[Buffer]:
-        """The reply, encoded on the device thread. is_alone: whether no other session is open, so that nobody is delayed.
-
-        Raises Refused if too many steps wait, and what `encode` or the computation raises (COMPUTE_ERRORS).
-        """
+    def check_room(self) -> None:
+        """Raises Refused if too many steps wait. To be asked before anything is done for a step that could not be undone."""
         if len(self._queue) >= self._max_waiting:
             raise Refused(
                 node_pb2.THIS_NODE_HAS_NO_ROOM,
                 f"{len(self._queue)} steps wait for the device already; try another node or later",
             )
+
+    async def run(
+        self, step: EngineStep, peer_id: str, encode: Callable[[EngineStep], list[Buffer]], is_alone: Callable[[], bool]
+    ) -> list[Buffer]:
+        """The reply, encoded on the device thread. is_alone: whether no other session is open, so that nobody is delayed.
+
+        Call check_room before. Raises what `encode` or the computation raises (COMPUTE_ERRORS).
+        """
         job = _Job(step, encode)
         with self._lock:
             self._queue.add(Waiting(job, peer_id, step.hop, step.num_tokens))
@@ -98,7 +101,8 @@ class Steps:
         try:
             if self.engine.computes_together:
                 await self._gather()
-            await self._executor.run(lambda: self._compute_next(alone))
+            # Never refused, however many microbatches wait: these steps have been let in, and have a bound of their own.
+            await self._executor.run(lambda: self._compute_next(alone), is_own=True)
         finally:
             self._is_running = False
             async with self._turn:
@@ -127,22 +131,25 @@ class Steps:
         started = time.monotonic()
         self.num_batches += 1
         self.num_batched += len(batch)
+        error = self._try_to_compute(batch)
+        if error is not None and len(batch) > 1:
+            log.warning("batch failed, each step alone num_steps=%d error=%s", len(batch), type(error).__name__)
+        for job, count in batch:
+            if error is not None:
+                job.error = error if len(batch) == 1 else self._try_to_compute([(job, count)])
+            if job.error is None and job.step.num_done == job.step.num_tokens:
+                self._encode(job)
+        self._batch_s = time.monotonic() - started
+
+    def _try_to_compute(self, batch: Sequence[tuple[_Job, int]]) -> Exception | None:
         try:
             self.engine.compute([(job.step, count) for job, count in batch])
-        except COMPUTE_ERRORS as error:
-            if len(batch) == 1:
-                batch[0][0].error = error
-                return
-            log.warning("batch failed, each step alone num_steps=%d error=%s", len(batch), type(error).__name__)
-            for job, count in batch:
-                self._compute_alone(job, count)
-        self._batch_s = time.monotonic() - started
-        for job, _ in batch:
-            if job.error is None and job.step.num_done == job.step.num_tokens:
-                job.reply = job.encode(job.step)
+        except Exception as error:  # noqa: BLE001  handed to whoever waits for it
+            return error
+        return None
 
-    def _compute_alone(self, job: _Job, count: int) -> None:
+    def _encode(self, job: _Job) -> None:
         try:
-            self.engine.compute([(job.step, count)])
-        except COMPUTE_ERRORS as error:
+            job.reply = job.encode(job.step)
+        except Exception as error:  # noqa: BLE001  handed to whoever waits for it
             job.error = error

@@ -24,13 +24,18 @@ class Throughput:
     prefill_tokens_per_s: float
 
 
+def thread_counts(threads: int | None) -> list[int]:
+    """To choose from: what was asked for, or else 1, half of the cores and all of them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [threads] if threads else sorted({1, max(1, cores // 2), cores})
+
+
 def measure_throughput(model: SpanModel, threads: int | None) -> Throughput:
     """Time decoding and prefill. With threads=None also choose the thread count: the fastest of 1, half and all cores.
 
     More threads than free cores are slower, not faster (spinning barriers), so it must be measured. Leaves torch set to the choice.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    candidates = [threads] if threads else sorted({1, max(1, cores // 2), cores})
+    candidates = thread_counts(threads)
     measured = {}
     for count in candidates:
         torch.set_num_threads(count)

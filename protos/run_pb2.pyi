@@ -67,14 +67,16 @@ class RunSpec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., config_json: _Optional[bytes] = ..., weights: _Optional[str] = ..., seed: _Optional[int] = ..., initial_digests: _Optional[_Iterable[bytes]] = ..., tokenizer: _Optional[_Iterable[_Union[TokenizerFile, _Mapping]]] = ..., stage_ends: _Optional[_Iterable[int]] = ..., sequence_length: _Optional[int] = ..., target_batch: _Optional[int] = ..., microbatch: _Optional[int] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., precision: _Optional[str] = ..., dropout: _Optional[float] = ..., averaging: _Optional[str] = ..., delay: _Optional[int] = ..., data: _Optional[_Union[RunData, _Mapping]] = ..., held_out: _Optional[_Union[RunData, _Mapping]] = ..., eval_every: _Optional[int] = ..., num_epochs: _Optional[int] = ..., min_replicas: _Optional[int] = ..., keepers: _Optional[int] = ..., checkpoint_every: _Optional[int] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ...) -> None: ...
 
 class Lora(_message.Message):
-    __slots__ = ("rank", "alpha", "target_modules")
+    __slots__ = ("rank", "alpha", "target_modules", "frozen_precision")
     RANK_FIELD_NUMBER: _ClassVar[int]
     ALPHA_FIELD_NUMBER: _ClassVar[int]
     TARGET_MODULES_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_PRECISION_FIELD_NUMBER: _ClassVar[int]
     rank: int
     alpha: float
     target_modules: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., target_modules: _Optional[_Iterable[str]] = ...) -> None: ...
+    frozen_precision: str
+    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., target_modules: _Optional[_Iterable[str]] = ..., frozen_precision: _Optional[str] = ...) -> None: ...
 
 class TokenizerFile(_message.Message):
     __slots__ = ("name", "sha256")

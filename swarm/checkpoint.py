@@ -21,7 +21,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from swarm.cache import CacheEntry, Sidecar, cache_root, list_cache, prune_cache
-from swarm.decoder import text_config
 from swarm.errors import ModelNotFound, SwarmError, UserError
 from swarm.model_spec import ModelSpec, config_digest
 from swarm.sources import ALIASES, Located, locate
@@ -104,6 +103,8 @@ class Checkpoint:
         """The transformers PreTrainedConfig. Raises UserError if there is none that can be used."""
         folder = self._files.fetch("config.json").parent
         from transformers import AutoConfig
+
+        from swarm.decoder import text_config
 
         config = self._from_transformers(
             lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False), "config.json"

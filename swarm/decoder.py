@@ -77,10 +77,10 @@ def refuse_unfit(config: Any, name: str) -> None:
         raise UserError(
             f"{name} has layers with recurrent state ({', '.join(recurrent)}), which cannot be rewound or replayed in part"
         )
-    caches = _odd_caches(config)
-    if caches:
+    odd = _odd_caches(config)
+    if odd:
         raise UserError(
-            f"{name} ({kind}) has blocks that keep more, or other things, than keys and values of each token ({', '.join(caches)}); "
+            f"{name} ({kind}) has blocks that keep more, or other things, than keys and values of each token ({', '.join(odd)}); "
             "choose another model"
         )
     if any(table.get("rope_type") == "dynamic" for table in _rotary_tables(config)):
@@ -200,15 +200,12 @@ def _recurrent_kinds(config: Any) -> list[str]:
 
 
 def _odd_caches(config: Any) -> list[str]:
-    """Classes of what transformers itself would make to remember tokens in, where that is more than a list of keys and values."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+    """The kinds of blocks for which transformers itself makes other caches than lists of keys and values."""
+    from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, DynamicSlidingWindowLayer
 
-    try:
-        kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    except LIBRARY_ERRORS:
-        return []  # whoever builds the blocks tries out whether ours will do
-    return sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
+    kinds = set(getattr(config, "layer_types", None) or [])
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return sorted(str(kind) for kind in kinds if DYNAMIC_LAYER_TYPE_MAPPING.get(kind) not in plain)
 
 
 def _several_models(config: Any, name: str) -> UserError:

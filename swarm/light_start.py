@@ -28,6 +28,8 @@ from swarm.light_modules import has_run, lighten, run_in_full
 
 _COMPILER = "torch._dynamo"
 _TRANSFORMERS = {
+    "AttentionInterface": "transformers.modeling_utils",
+    "AttentionMaskInterface": "transformers.masking_utils",
     "AutoConfig": "transformers.models.auto.configuration_auto",
     "AutoModelForCausalLM": "transformers.models.auto.modeling_auto",
     "AutoModelForSequenceClassification": "transformers.models.auto.modeling_auto",

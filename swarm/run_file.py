@@ -24,6 +24,7 @@ from swarm.errors import UserError
 from swarm.run_spec import (
     DataKind,
     DataSpec,
+    FrozenPrecision,
     LoraSettings,
     OptimizerSettings,
     Precision,
@@ -67,7 +68,7 @@ KEYS: dict[str, tuple[str, ...]] = {
         "warmup_epochs",
         "min_lr_ratio",
     ),
-    "lora": ("rank", "alpha", "target_modules"),
+    "lora": ("rank", "alpha", "target_modules", "frozen_precision"),
     "data": _DATA_KEYS,
     "held_out": _DATA_KEYS,
     "end": ("epochs", "samples"),
@@ -224,7 +225,7 @@ def _read_lora(top: _Section) -> LoraSettings | None:
             raise ValueError('the section lora is for runs of adapters: add trainable = "lora", or leave it out')
         return None
     section = top.section("lora")
-    given = section.given("rank", "alpha")
+    given = section.given("rank", "alpha") | section.given_kinds(frozen_precision=FrozenPrecision)
     if "target_modules" in section.values:
         names = section.values["target_modules"]
         if not isinstance(names, list) or not names:

@@ -40,6 +40,7 @@ __all__ = [
     "RUN_ID_BYTES",
     "DataKind",
     "DataSpec",
+    "FrozenPrecision",
     "LoraSettings",
     "OptimizerSettings",
     "Precision",
@@ -77,6 +78,13 @@ class Precision(enum.StrEnum):
     FP32 = "fp32"
     BF16 = "bf16"
     """bf16 autocast over fp32 master weights."""
+
+
+class FrozenPrecision(enum.StrEnum):
+    """In how many bits linears of frozen blocks keep their weights: numeric classes whose codes follow from the weights to the bit."""
+
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 class Schedule(enum.StrEnum):
@@ -145,6 +153,8 @@ class LoraSettings:
     alpha: float = 16.0
     target_modules: tuple[str, ...] = ()
     """Which linears: dotted names, or their ends, as PEFT has them; sorted. Empty until they are filled in: all of the blocks'."""
+    frozen_precision: FrozenPrecision | None = None
+    """Of the blocks' linears, which then compute in bf16 (QLoRA; Dettmers et al., 2023). None: weights as RunSpec.precision says."""
 
     def __post_init__(self) -> None:
         check_whole("lora.rank", self.rank, 1, MAX_LORA_RANK)
@@ -160,6 +170,8 @@ class LoraSettings:
                 f"lora.target_modules must be names of modules such as q_proj or self_attn.q_proj, got {name!r}",
             )
         require(len(set(names)) == len(names), "lora.target_modules must differ: name each once")
+        if self.frozen_precision is not None:
+            check_one_of("lora.frozen_precision", self.frozen_precision, FrozenPrecision)
         object.__setattr__(self, "alpha", float(self.alpha))
         object.__setattr__(self, "target_modules", tuple(sorted(names)))
 
@@ -490,7 +502,12 @@ def _to_message(spec: RunSpec) -> run_pb2.RunSpec:
 
 
 def _to_lora_message(lora: LoraSettings) -> run_pb2.Lora:
-    return run_pb2.Lora(rank=lora.rank, alpha=lora.alpha, target_modules=lora.target_modules)
+    return run_pb2.Lora(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        target_modules=lora.target_modules,
+        frozen_precision=lora.frozen_precision,
+    )
 
 
 def data_to_wire(data: DataSpec) -> run_pb2.RunData:
@@ -546,7 +563,12 @@ def _from_message(message: run_pb2.RunSpec) -> RunSpec:
 
 
 def _from_lora_message(message: run_pb2.Lora) -> LoraSettings:
-    return LoraSettings(rank=message.rank, alpha=message.alpha, target_modules=tuple(message.target_modules))
+    return LoraSettings(
+        rank=message.rank,
+        alpha=message.alpha,
+        target_modules=tuple(message.target_modules),
+        frozen_precision=FrozenPrecision(message.frozen_precision) if message.frozen_precision else None,
+    )
 
 
 def data_from_wire(message: run_pb2.RunData) -> DataSpec:

@@ -85,7 +85,8 @@ def _trained(spec: RunSpec) -> str:
     lora = spec.lora
     if lora is None:
         return "all weights"
-    return f"adapters (LoRA) of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}"
+    blocks = f", over blocks in {lora.frozen_precision}" if lora.frozen_precision else ""
+    return f"adapters (LoRA) of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}{blocks}"
 
 
 def _optimizer(spec: RunSpec) -> str:

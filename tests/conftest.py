@@ -9,8 +9,10 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from swarm.light_start import leave_out
 from tests.support.fork_server import ForkServer
 
+leave_out()  # as our programs do; the examples are run as users do, who have the libraries whole
 gc.disable()  # until all is imported: there is no garbage yet, and looking for it takes a quarter of that time
 
 # How long an example takes says nothing on a machine that others use, too.

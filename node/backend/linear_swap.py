@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from node.backend.block_codes import BlockCodes
-from node.backend.process_memory import MappedPages
+from node.backend.mapped_pages import MappedPages
 from swarm.linears.choice import LinearChoice
 from swarm.numeric_class import NUMERIC_CLASSES
 
@@ -70,8 +70,8 @@ class LinearSwap:
         if self._codes is not None:
             self._codes.close()
         for parameter in model.parameters():
-            # What is left would keep the files of all weights mapped.
-            parameter.data = parameter.data.clone()
+            if pages.shows(parameter.data):  # a norm, say, which would keep all of the checkpoint's file in memory
+                parameter.data = parameter.data.clone()
         self._report(model)
 
     def _wants(self, name: str, module: Any) -> bool:

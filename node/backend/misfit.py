@@ -91,10 +91,9 @@ def find_misfit(
     if not all(_all_same(one.others, other.others) for one, other in zip(ones, others, strict=True)):
         return "its blocks read more of what is before them than the hidden states of the last one"
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+    # One of each kind: for all it would read all weights three times more, and take as long as loading them.
     kinds = {_kind_of(block, index): index for index, block in zip(model.span, blocks, strict=True)}
-    for index in sorted(
-        kinds.values()
-    ):  # each would read all weights three times more, and take as long as loading them
+    for index in sorted(kinds.values()):
         hop, passage = Span(index, index + 1), passages[index - model.span.start]
         misfit = _find_misfit_alone(model, hop, passage, tolerance)
         if misfit is not None:

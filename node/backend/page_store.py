@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swarm.span import Span
-
 
 @dataclass(frozen=True, slots=True)
 class RowPart:
@@ -38,7 +36,7 @@ class PageStore:
         self.num_pages, self.page_tokens = num_pages, page_tokens
         self._hidden_size, self._dtype, self._device = hidden_size, dtype, device
         self._blocks: dict[int, tuple[Tensor, Tensor]] = {}
-        self._outputs: dict[Span, Tensor] = {}
+        self._outputs: Tensor | None = None
 
     def block(self, index: int, keys_NKD: Tensor, values_NKD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a block, [slots, heads, size of a head]; made when first asked for, for such as are given."""
@@ -49,15 +47,16 @@ class PageStore:
             )
         return self._blocks[index]
 
-    def outputs(self, hop: Span) -> Tensor:
-        """What came out of a hop, [slots, H]."""
-        if hop not in self._outputs:
-            self._outputs[hop] = self._empty((self._hidden_size,), self._dtype)
-        return self._outputs[hop]
+    @property
+    def outputs(self) -> Tensor:
+        """What came out of the hop for each token, [slots, H]: a page is of one session's hop at a time."""
+        if self._outputs is None:
+            self._outputs = self._empty((self._hidden_size,), self._dtype)
+        return self._outputs
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages, (from, to), one after another."""
-        tensors = [*(tensor for pair in self._blocks.values() for tensor in pair), *self._outputs.values()]
+        tensors = [self.outputs, *(tensor for pair in self._blocks.values() for tensor in pair)]
         for source, target in copies:
             for tensor in tensors:
                 pages = tensor.view(self.num_pages, self.page_tokens, *tensor.shape[1:])

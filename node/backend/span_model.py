@@ -31,6 +31,7 @@ from swarm.decoder import (
     renumber,
 )
 from swarm.errors import BadRequest, UserError
+from swarm.linears.frozen import FrozenLinear
 from swarm.numeric_class import NUMERIC_CLASSES
 from swarm.span import Span
 from swarm.terminal import quiet_libraries
@@ -65,6 +66,7 @@ class SpanModel:
         self.numeric_class = numeric_class or ("fp32" if dtype == torch.float32 else "bf16")
         self.hidden_size = int(checkpoint.config.hidden_size)
         self.longest_text = longest_text(checkpoint.config)
+        """Tokens that a session may have; None: as many as anybody likes."""
         tensors = checkpoint.load_blocks(span) if state_dict is None else state_dict
         renamed = renumber(tensors, span.start)
         tensors.clear()
@@ -113,8 +115,32 @@ class SpanModel:
 
     def twin(self) -> SpanModel:
         """Another one, with modules of its own over the very same weights: what is attached to its blocks changes nothing here."""
+        return self._twin({})
+
+    def float32_twin(self) -> SpanModel:
+        """As twin, but hidden states are float32, and so are all weights but those of frozen linears, which stay the very same."""
+        frozen = {
+            id(tensor)
+            for module in self._base.modules()
+            if isinstance(module, FrozenLinear)
+            for tensor in (*module.parameters(), *module.buffers())
+        }
+        wide: dict[int, Tensor] = {}
+        for tensor in (*self._base.parameters(), *self._base.buffers()):
+            if id(tensor) not in frozen and tensor.is_floating_point():
+                copied = tensor.detach().to(torch.float32, copy=True)
+                wide[id(tensor)] = (
+                    nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
+                )
+        twin = self._twin(wide)
+        twin.dtype = torch.float32
+        twin.note_weights()
+        return twin
+
+    def _twin(self, others: dict[int, Tensor]) -> SpanModel:
+        """others: what it has in the place of our tensors of these ids."""
         shared = {id(tensor): tensor for tensor in (*self._base.parameters(), *self._base.buffers())}
-        return copy.deepcopy(self, dict(shared))
+        return copy.deepcopy(self, {**shared, **others})
 
     def note_weights(self) -> None:
         """Look up where the weights are: what a graph holds of them is not counted as its own."""

@@ -8,10 +8,11 @@ B batch rows, T new tokens, N tokens of one batch, H hidden size.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +24,14 @@ from node.backend.ragged_span import RaggedSpan
 from node.backend.span_cache import SpanCache
 from node.backend.span_model import SpanModel
 from node.session_pages import Growth
+from node.thread_tuner import ThreadTuner
 from swarm.span import Span
 
 log = logging.getLogger(__name__)
 
-_BATCHES_BEFORE_TRACE = 16
+_BATCHES_BEFORE_TRACE = 32
+_MOST_TUNED_TOKENS = 32
+"""Larger batches are prompts: few large operators, which bear with a busy machine."""
 
 
 @dataclass(slots=True, eq=False)
@@ -70,11 +74,13 @@ class StepEngine:
         self.model = model
         self.ragged: RaggedSpan | None = None
         self._num_batches: Counter[Span] = Counter()
+        self._num_traced_blocks = 0
+        self.tuner: ThreadTuner | None = None
+        """Chooses the threads of small batches, if anybody is to."""
         self.reason = ""
         """Why steps are computed one at a time, if they are."""
         try:
             self.ragged = RaggedSpan(model)
-            self._may_trace(model.span, at_once=True)
             self._store: PageStore = self.ragged.new_store(num_pages, page_tokens)
         except NotRagged as reason:
             self.reason = str(reason)
@@ -97,22 +103,47 @@ class StepEngine:
         started = time.monotonic()
         for step, _ in batch:
             step.started_at = step.started_at or started
-        if self.ragged is None:
-            ((step, count),) = batch
-            self._compute_alone(step, count)
-        else:
-            self._compute_together(self.ragged, batch)
+        with self._tuned(sum(count for _, count in batch)):
+            if self.ragged is None:
+                ((step, count),) = batch
+                self._compute_alone(step, count)
+            else:
+                self._compute_together(self.ragged, batch)
         elapsed_s = time.monotonic() - started
         for step, count in batch:
             step.num_done += count
             step.compute_s += elapsed_s
 
-    def _may_trace(self, hop: Span, *, at_once: bool = False) -> None:
-        """Trace a hop once it has proved to be in use: that takes 30 ms a block, and memory."""
+    @contextlib.contextmanager
+    def _tuned(self, num_tokens: int) -> Iterator[None]:
+        """With the threads that suit a batch of so many tokens; those of everything else on this thread stay as they are."""
+        if self.tuner is None or not 0 < num_tokens <= _MOST_TUNED_TOKENS:
+            yield
+            return
+        usual, threads = torch.get_num_threads(), self.tuner.threads_for(num_tokens)
+        before = self.tuner.threads
+        if threads != usual:
+            torch.set_num_threads(threads)
+        started = time.perf_counter()
+        try:
+            yield
+            self.tuner.note(num_tokens, threads, time.perf_counter() - started)
+        finally:
+            if threads != usual:
+                torch.set_num_threads(usual)
+        if self.tuner.threads != before:
+            log.info("threads changed from=%d to=%d num_tokens=%d", before, self.tuner.threads, num_tokens)
+
+    def _may_trace(self, hop: Span) -> None:
+        """Trace a hop once it has proved to be in use: that takes 30 ms and 1.6 MiB a block, which a node's start need not wait for.
+
+        As peers may ask for any part of the span, all traces together have at most twice as many blocks as it has.
+        """
         self._num_batches[hop] += 1
-        if self.ragged is not None and (at_once or self._num_batches[hop] == _BATCHES_BEFORE_TRACE):
-            self._num_batches[hop] = _BATCHES_BEFORE_TRACE
-            self.ragged.trace(hop)
+        is_due = self._num_batches[hop] == _BATCHES_BEFORE_TRACE
+        has_room = self._num_traced_blocks + len(hop) <= 2 * len(self.model.span)
+        if self.ragged is not None and is_due and has_room and self.ragged.trace(hop):
+            self._num_traced_blocks += len(hop)
 
     def _compute_alone(self, step: EngineStep, count: int) -> None:
         assert step.cache is not None
@@ -132,14 +163,14 @@ class StepEngine:
         self._may_trace(hop)
         for step, _ in batch:
             if not step.has_begun:
-                step.has_begun = True
                 self._store.copy_pages(step.copies)
+                step.has_begun = True
         pieces = [piece for step, count in batch for piece in _pieces(step, count)]
         if pieces:
             parts = [piece.part for piece in pieces]
             hidden = [piece.hidden for piece in pieces]
             output = ragged.forward(hop, hidden[0] if len(hidden) == 1 else torch.cat(hidden), self._store, parts)
-            self._keep(hop, parts, output)
+            self._keep(parts, output)
             offset = 0
             for piece in pieces:
                 piece.put(output[offset : offset + piece.part.num_tokens])
@@ -148,17 +179,17 @@ class StepEngine:
             if step.num_done + count == step.num_tokens:
                 self._fill_in_found(step)
 
-    def _keep(self, hop: Span, parts: Sequence[RowPart], output_NH: Tensor) -> None:
+    def _keep(self, parts: Sequence[RowPart], output_NH: Tensor) -> None:
         """Keep what came out, for those who will find these tokens."""
         slots = [self._store.slots(part.pages, part.start, part.length) for part in parts]
-        kept = self._store.outputs(hop)
+        kept = self._store.outputs
         kept.index_copy_(0, slots[0] if len(slots) == 1 else torch.cat(slots), output_NH.to(kept.device))
 
     def _fill_in_found(self, step: EngineStep) -> None:
         for row, growth in enumerate(step.growths):
             if growth.found:
                 slots = self._store.slots(step.tables[row], growth.start, growth.start + growth.found)
-                found = self._store.outputs(step.hop)[slots].to("cpu")
+                found = self._store.outputs[slots].to("cpu")
                 _Piece.of(step, row, 0, growth.found).put(found)
         if step.output is None:
             step.output = torch.zeros_like(step.hidden)

@@ -33,11 +33,14 @@ class FrozenBlocks:
         source: where to load from what is not here yet. Raises UserError if that is not what the spec names.
         """
         is_autocast = spec.precision is Precision.BF16
-        return self._shared(spec, stage, device, None, is_autocast, source)
+        frozen = None if spec.lora is None else spec.lora.frozen_precision
+        return self._shared(spec, stage, device, None if frozen is None else frozen.value, True, is_autocast, source)
 
     def for_sessions(self, spec: RunSpec, stage: int, device: str, numeric_class: str) -> SpanModel:
-        """The same, computing in one class throughout. In fp32 with the very weights that training in fp32 has."""
-        return self._shared(spec, stage, device, None if numeric_class == "fp32" else numeric_class, False, None)
+        """The same, computing in one class throughout. In fp32 with the very weights that training in fp32 has; in int8 and int4 with
+        the very linears of training over such blocks."""
+        is_plain = numeric_class == "fp32"
+        return self._shared(spec, stage, device, None if is_plain else numeric_class, is_plain, False, None)
 
     def adapted_shard(self, model: RunModel, layout: AdapterLayout, stage: int, precision: str, device: str) -> Shard:
         """The blocks of a stage with the adapters of a place, which nobody changes any more."""
@@ -59,22 +62,27 @@ class FrozenBlocks:
         stage: int,
         device: str,
         numeric_class: str | None,
+        is_float32: bool,
         is_autocast: bool,
         source: BlockSource | None,
     ) -> SpanModel:
-        """numeric_class: None for plain modules in float32."""
+        """numeric_class: of the linears; None for plain modules. is_float32: hidden states are, and what is no frozen linear."""
         digest, span = spec.initial_digests[stage], spec.stages[stage]
         # The digest names the weights, the config what is computed with them.
-        key = (digest, config_digest(spec.config), span, spec.dropout, device, numeric_class, is_autocast)
+        weights = (digest, config_digest(spec.config), span, spec.dropout, device, numeric_class)
+        key = (*weights, is_float32, is_autocast)
         model = self._models.get(key)
-        if model is None:
+        if model is not None:
+            log.info("frozen blocks shared span=%s digest=%s", span, digest.hex()[:8])
+            return model.twin()
+        if numeric_class is not None and is_float32:
+            model = self._shared(spec, stage, device, numeric_class, False, False, source).float32_twin()
+        else:
             source = source or open_initial_weights(spec)
             model = load_stage_model(source, spec, stage, device=device, numeric_class=numeric_class)
-            if is_autocast:
-                _hold_casts(model)
-            self._models[key] = model
-        else:
-            log.info("frozen blocks shared span=%s digest=%s", span, digest.hex()[:8])
+        if is_autocast:
+            _hold_casts(model)
+        self._models[key] = model
         return model.twin()
 
 

@@ -19,6 +19,7 @@ from node.backend.step_engine import StepEngine
 from node.config import NodeConfig
 from node.device_share import Purpose
 from node.executor import Executor
+from node.freed_memory import return_freed_memory
 from node.job_queue import JobKind
 from node.precision import class_of_run
 from node.service import NodeService
@@ -100,7 +101,9 @@ class LiveModels:
                 shard = load_shard(model, span, precision=precision, device=config.device)
             if self._throughput is None:
                 self._throughput = measure_throughput(shard.model, config.threads)
-            return shard, load_engine(shard, config, num_models=NUM_LIVE), model.name
+            engine = load_engine(shard, config, num_models=NUM_LIVE)
+            return_freed_memory()
+            return shard, engine, model.name
 
         try:
             shard, engine, name = await self._executor.run(load, JobKind.BACKWARD)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from node.backend.adapter import attach
+from node.freed_memory import return_freed_memory
 from node.stash import StashEntry
 from node.training.frozen_blocks import FrozenBlocks
 from node.training.stage_model import hold_casts, load_stage_model
@@ -57,6 +58,7 @@ class TrainableStage:
             self.model.autocast_dtype = torch.bfloat16
             hold_casts(self.model, self.parameters.parameters, self.parameters.hold)
         self.model.note_weights()
+        return_freed_memory()
 
     @property
     def hidden_size(self) -> int:

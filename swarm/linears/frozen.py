@@ -65,7 +65,7 @@ class FrozenLinear(nn.Module, abc.ABC):
     def forward(self, given: Tensor) -> Tensor:
         """[..., I] to [..., O]. What has another dtype is rounded to this one, and the output to it, unless autocast is on."""
         if given.dtype != self.dtype:
-            output: Tensor = self(given.to(self.dtype))
+            output: Tensor = self.forward(given.to(self.dtype))  # not self(...): hooks, such as adapters, come once
             return output if torch.is_autocast_enabled(given.device.type) else output.to(given.dtype)
         if given.requires_grad and torch.is_grad_enabled():
             # Views are made outside: what a Function returns as one cannot be changed in place, as some families do.

@@ -33,6 +33,7 @@ from tests.support.families import (
     check_rewind_and_reorder,
     check_swapped_blocks_are_noticed,
     check_two_sessions,
+    computes_together,
     distance,
     gradient_through,
 )
@@ -175,6 +176,10 @@ def test_sessions_on_one_shard_do_not_disturb_each_other(subject: Subject) -> No
     check_two_sessions(subject.whole, subject.cut_by_hops)
 
 
+def test_sessions_in_one_batch_equal_the_whole_model(subject: Subject) -> None:
+    computes_together(subject.whole, subject.cut_by_hops)  # if it does at all: for which types it must, the page says
+
+
 def test_swapped_hops_would_be_noticed(subject: Subject) -> None:
     """Else the tests above would prove nothing."""
     check_swapped_blocks_are_noticed(subject.whole, subject.cut)
@@ -194,7 +199,7 @@ def test_gradients_pass_through_the_ends(subject: Subject) -> None:
     ("model_type", "options", "reason"),
     [
         ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, r"recurrent state \(conv\)"),
-        ("deepseek_v32", {}, r"keep more, or other things, than keys and values of each token \(DynamicIndexedLayer"),
+        ("deepseek_v32", {}, r"keep more, or other things, than keys and values of each token \(indexed_attention"),
         ("llama", {"rope_parameters": DYNAMIC_ROTATIONS}, "change each other's results"),
         ("gemma3n_text", {}, r"some of its blocks use the keys and values of others"),
         ("musicgen", {}, "made of several models"),
@@ -224,6 +229,7 @@ def test_a_session_ends_where_rotary_tables_change(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="may have 12 tokens in a session"):
         session.step(whole.ids[:, 12:13])
     check_gradients(whole, cut, "none")  # of 20 tokens, all at once
+    assert not computes_together(whole, cut)  # a long text would change the tables of those beside it
 
 
 def test_bf16_is_as_near_to_fp32_as_the_whole_model_in_bf16(llama: Path) -> None:
@@ -290,6 +296,5 @@ def test_cutting_is_silent_and_leaves_the_dice_alone(llama: Path, capfd: pytest.
     assert torch.equal(torch.get_rng_state(), state)
     assert capfd.readouterr() == ("", "")
     assert ends.lm_head is not None and ends.lm_head.weight is ends.input_embeddings.weight  # tied: once in memory
-    model.forward(torch.zeros(1, 1, model.hidden_size), model.new_cache(Span(2, 3)))
-    held = {parameter for view in model._views.values() for parameter in view.base.parameters()}
-    assert held == set(model._base.parameters())  # a part of the span shares its weights
+    held = set(model.view_of(Span(2, 3)).base.parameters())
+    assert held == set(model.block(2).parameters()) and held < {weight for _, weight in model.named_parameters()}

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import swarm
 from swarm.client.export import export_run
 from swarm.client.runs import publish_run
+from swarm.run_spec import RunSpec
 from swarm.run_store import RunStore
 from tests.support.fork_server import ForkServer
 from tests.support.models import save_tiny
-from tests.support.one_process_training import samples_of_run, train_in_one_process
+from tests.support.one_process_lora import peft_model, plain_name
+from tests.support.one_process_training import Outcome, samples_of_run, train_in_one_process, whole_model
 from tests.support.processes import Process, local_swarm, wait_until
 from tests.support.training_swarm import ALICE, TrainingSwarm, largest_error, make_run, weights_of_run
 
@@ -109,3 +113,69 @@ def test_who_joins_an_adapter_run_late_gets_adapters_and_ends_without_values(
         assert steps[0]["digest"] == steps[2]["digest"] and steps[2]["downloads"] == steps[3]["downloads"] == 1
         expected = train_in_one_process(store.spec, samples_of_run(store, training.folder / "data"))
         assert largest_error(weights_of_run(training, [joiner, nodes[1]], second), expected.weights) < 1e-5
+
+
+def test_a_run_over_int4_blocks_is_that_of_one_process_with_the_weights_of_the_codes(
+    tmp_path: Path, fork_server: ForkServer
+) -> None:
+    """Replicas agree to the bit, sessions on the last weights compute with the same blocks, and both are far from a run over the
+    weights as they were.
+
+    Nodes round what goes in and out of quantised linears to bf16, the one process does not. That changes gradients by 1 to 3 %
+    (tests/unit/test_adapters.py) and adapters, which AdamW moves by equal steps, by somewhat more. Found, against both oracles: losses
+    0.0011 and 0.0060, adapters 0.042 and 0.20, logits 0.013 and 0.22.
+    """
+    rules = {"lora.rank": 4, "lora.frozen_precision": "int4", "optimizer.lr": 1e-2, "end.epochs": 6, "microbatch": 2}
+    kept = {"checkpoint_every": 3, "keepers": 1}
+    store = make_run(tmp_path / "run", trainable="lora", config={"initializer_range": 0.2}, **rules, **kept)
+    last, peers_of = store.spec.num_epochs - 1, (0, 0, 1)
+    with local_swarm(tmp_path / "swarm", fork_server=fork_server) as local:
+        publish_run(store, local.initial_peers, 15)
+        training = TrainingSwarm(local, store, tmp_path / "run")
+        nodes = [training.start_node(stage, cache=tmp_path / f"node{n}") for n, stage in enumerate(peers_of)]
+        trainer = training.start_trainer()
+        trainer.wait(60)
+        served = f"serving the weights of epoch={last + 1} "
+        wait_until(lambda: all(served in node.log for node in nodes), 30, "its last adapters are served")
+        assert all("frozen blocks shared" in node.log for node in nodes)
+        name = f"run:{training.run_id}@{last + 1}"
+        with swarm.connect(initial_peers=local.initial_peers, model=name, cache_dir=tmp_path / "client") as client:
+            inputs = client.tokenizer()(PROMPT, return_tensors="pt")
+            with torch.no_grad():
+                logits = client.model()(**inputs).logits
+        weights = weights_of_run(training, [nodes[0], nodes[2]], trainer)
+        one, other = (training.steps_of(node)[last]["digest"] for node in nodes[:2])
+        losses = [step["loss"] for _, step in sorted(training.steps_of(trainer).items())]
+    assert one == other
+    source = samples_of_run(store, training.folder / "data")
+    assert store.spec.lora is not None
+    as_they_were = dataclasses.replace(store.spec, lora=dataclasses.replace(store.spec.lora, frozen_precision=None))
+    right, wrong = (
+        (
+            *distance(Outcome(losses, weights), train_in_one_process(spec, source)),
+            error_of_logits(spec, weights, inputs, logits),
+        )
+        for spec in (store.spec, as_they_were)
+    )
+    print(f"losses, adapters, logits: {right}, and from the weights as they were {wrong}")
+    assert all(found < bound for found, bound in zip(right, (0.003, 0.1, 0.04), strict=True))
+    assert all(found < 0.4 * other for found, other in zip(right, wrong, strict=True))
+    assert losses[-1] < losses[0]
+
+
+def distance(found: Outcome, expected: Outcome) -> tuple[float, float]:
+    """Largest relative difference of a loss, and relative difference of all weights together."""
+    loss = max(abs(loss / right - 1) for loss, right in zip(found.losses, expected.losses, strict=True))
+    difference = sum(float((found.weights[name] - right).square().sum()) for name, right in expected.weights.items())
+    return loss, (difference / sum(float(right.square().sum()) for right in expected.weights.values())) ** 0.5
+
+
+def error_of_logits(spec: RunSpec, weights: dict[str, torch.Tensor], inputs: Any, logits: torch.Tensor) -> float:
+    """Relative difference from PEFT with these adapters."""
+    model = peft_model(spec, whole_model(spec)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(weights[plain_name(name)])
+        expected = model(**inputs).logits
+    return float((logits.float() - expected).norm() / expected.norm())

@@ -179,7 +179,7 @@ REFUSALS: dict[str, tuple[str, tuple[str, ...]]] = {
     "nonsense for a model": ("swarm", ("no model 'what is this???': give a folder", "smollm2-135m")),
     "prompt longer than the cache": (
         "swarm",
-        ("cache is too small", "1.0 MiB in all: at most 2048 tokens; use a shorter prompt or fewer new tokens"),
+        ("cache is too small", "1.0 MiB in all: at most 1632 tokens; use a shorter prompt or fewer new tokens"),
     ),
     "closed port": ("swarm", (f"none of the 1 initial peers answered within {TIMEOUT_S} s", "check the address")),
     "silent port": ("swarm", (f"none of the 1 initial peers answered within {TIMEOUT_S} s", "check the address")),

@@ -484,17 +484,12 @@ async def test_one_peer_cannot_have_more_sessions_than_its_share_and_others_stil
     await assert_unharmed(target)
 
 
-async def test_a_session_that_needs_more_cache_than_is_free_is_told_to_try_elsewhere(target: Target) -> None:
+async def test_a_session_that_could_never_fit_is_told_how_many_tokens_would(target: Target) -> None:
     probe = target.probe
-    status = await probe.status()
-    async with probe.session(max_length=32):
-        per_token = (await probe.status()).cache_bytes_used // 32
-    most = status.cache_bytes_budget // per_token
-    await probe.wait_for_usage(0, 0)
-    async with probe.session(max_length=most), probe.talking() as stream:
-        reply, _ = await ask(stream, probe.open_request(max_length=32))
-        assert reply.refusal.code == node_pb2.THIS_NODE_HAS_NO_ROOM
-        assert "MiB are free; try another node or later" in reply.refusal.message
+    async with probe.talking() as stream:
+        reply, _ = await ask(stream, probe.open_request(batch=1024, max_length=2**20))
+        assert reply.refusal.code == node_pb2.THE_CACHE_IS_TOO_SMALL
+        assert "of cache, this node has" in reply.refusal.message and "in all: at most" in reply.refusal.message
     await assert_unharmed(target)
 
 

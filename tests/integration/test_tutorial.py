@@ -328,7 +328,9 @@ def test_a_newcomer_who_types_the_tutorial_gets_a_model(friends: Friends) -> Non
         assert "warning: no replica of stage 1 (blocks 2:4): swarm-node run --run" in lonely_status
     (said,) = shown["swarm generate"]
     text, summary = re.split(r"\n(?=\[\d+ tokens)", said)
-    assert len(text.strip()) > 10 and re.search(r"route 0:2 at \w+ \(fp32\) -> 2:4 at \w+ \(fp32\)", summary)
+    assert len(text.strip()) > 10 and re.search(
+        r"route 0:2 at \w+ \((fp32|bf16)\) -> 2:4 at \w+ \((fp32|bf16)\)", summary
+    )
     assert len(re.findall(r"going on from this disk epoch=\d+", friends.terminals["Ben, terminal 1"].shown)) >= 2
     assert "state installed epoch=" in friends.terminals["Cleo, terminal 1"].shown
     (exported,) = shown["swarm export"]

@@ -23,7 +23,14 @@ from tests.support.survey import ALL_TYPES, BUILDING_ERRORS, survey
 from tests.support.tiny_configs import tiny_config
 
 # They say what a forward is to return besides, or are no matter of the model's.
-NOT_TRIED = {"use_cache", "return_dict", "output_router_logits", "output_hidden_states", "output_attentions"}
+NOT_TRIED = {
+    "is_encoder_decoder",
+    "use_cache",
+    "return_dict",
+    "output_router_logits",
+    "output_hidden_states",
+    "output_attentions",
+}
 
 
 def switches_of(model_type: str) -> dict[str, bool]:

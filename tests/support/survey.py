@@ -77,21 +77,23 @@ def _try_out(model_type: str, path: Path, options: dict[str, Any]) -> Outcome:
         whole.logits(whole.ids)
     except BUILDING_ERRORS as error:
         return Outcome(NOT_BUILT, _in_one_line(error))
-    refusals, together = [], []
-    for shards, check in ((_SHARDS, check_everything), (_ONE_BY_ONE, check_basics)):
+    cuts, refusals = {}, []
+    for name, shards in {"shards": _SHARDS, "one by one": _ONE_BY_ONE}.items():
         try:
-            cut = Cut(path, shards)
+            cuts[name] = Cut(path, shards)
         except UserError as error:
             refusals.append(_in_one_line(error))
-        else:  # even if the other way is refused: whoever loads must be right
-            check(whole, cut)
-            together.append(computes_together(whole, cut))
+    # Even if the other way is refused: whoever loads must be right.
+    together = False
+    if "shards" in cuts:
+        check_everything(whole, cuts["shards"])
+        together = computes_together(whole, cuts["shards"])
+    if "one by one" in cuts:
+        check_basics(whole, cuts["one by one"])
     if refusals:
         return Outcome(REFUSED, refusals[0])
     SpanModel(checkpoint, _WHOLE, dtype=torch.bfloat16)  # is not refused, either
-    return Outcome(
-        WORKS, together=all(together), kinds=tuple(dict.fromkeys(getattr(config, "layer_types", None) or ()))
-    )
+    return Outcome(WORKS, together=together, kinds=tuple(dict.fromkeys(getattr(config, "layer_types", None) or ())))
 
 
 def _config_of(model_type: str, options: dict[str, Any]) -> Any:

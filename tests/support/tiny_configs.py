@@ -69,7 +69,7 @@ _SIZES: list[tuple[str, int]] = [
     (r".*(hidden|d_model|embd|embed|emb_dim|dim|size|width|scalar).*", HIDDEN),
 ]
 # Sizes that a default config may leave open, although its blocks need them.
-_NEEDED = r"head_dim|.*(key_value_heads|experts|experts_per_tok|topk|top_k)"
+_LEFT_OPEN = r"head_dim|.*(key_value_heads|experts|experts_per_tok|topk|top_k)"
 
 
 def default_config(model_type: str) -> Any:
@@ -102,7 +102,7 @@ def _shrunk(default: PreTrainedConfig) -> dict[str, Any]:
             small[name] = _shrunk_rotations(value)
         elif isinstance(value, list):
             small[name] = _per_block(value, count, blocks)
-        elif value is None and "int" in str(field.type) and re.fullmatch(_NEEDED, name):
+        elif value is None and "int" in str(field.type) and re.fullmatch(_LEFT_OPEN, name):
             small[name] = _size(name, BIG)
         elif isinstance(value, int) and not isinstance(value, bool):
             small[name] = _size_among(stored, name)

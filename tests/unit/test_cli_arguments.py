@@ -117,6 +117,7 @@ BAD_ARGUMENTS: dict[str, tuple[str, list[str], str]] = {
         [*NODE, "--precision", "fp64"],
         "'fp64' is not one of 'fp32', 'bf16', 'int8', 'int4', 'auto'",
     ),
+    "device": ("node", [*NODE, "--device", "tpu"], "--device must be cpu, cuda or cuda:NUMBER, got 'tpu'"),
     "less than no change": (
         "node",
         [*NODE, "--max-perplexity-change", "-1"],

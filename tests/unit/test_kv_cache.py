@@ -73,6 +73,15 @@ def test_a_session_takes_pages_as_it_grows() -> None:
     assert table.used_bytes == 6 * PAGE_TOKENS * BYTES_PER_TOKEN
 
 
+def test_no_session_is_longer_than_the_model_allows() -> None:
+    table = make_table()
+    table.longest_text = 12
+    code, reason = refusal(table, "a", 1, max_length=13)
+    assert code == node_pb2.THE_CACHE_IS_TOO_SMALL
+    assert "13 tokens are more than the 12 up to which this model's rotary tables (longrope) stay as they are" in reason
+    admit(table, "a", 1, max_length=12)
+
+
 def test_closing_frees_the_pages_and_closing_twice_is_fine() -> None:
     table = make_table()
     one, other = admit(table, "a", 1), admit(table, "b", 1)
@@ -160,6 +169,34 @@ def test_a_session_whose_step_is_under_way_makes_room_after_it() -> None:
     young.is_busy = False
     grow(table, old, 2 * PAGE_TOKENS)
     assert not table.is_open(young)
+
+
+def test_nobody_makes_room_in_vain() -> None:
+    table = make_table()
+    old, middle, young, busy = (admit(table, peer, 1, max_length=NUM_PAGES * PAGE_TOKENS) for peer in "abcd")
+    grow(table, old, 13 * PAGE_TOKENS)
+    for session in (middle, young, busy):
+        grow(table, session, 2 * PAGE_TOKENS)
+    busy.is_busy = True
+    with pytest.raises(Refused, match="older sessions hold the rest"):
+        grow(table, middle, 6 * PAGE_TOKENS)
+    assert table.is_open(young) and not busy.must_make_room and table.num_evicted == 0
+    grow(table, middle, 2 * PAGE_TOKENS)
+    assert not table.is_open(young) and not busy.must_make_room
+
+
+def test_what_a_younger_session_shares_with_an_older_one_does_not_come_free_with_it() -> None:
+    table = make_table()
+    old, middle, young = (admit(table, peer, 1, max_length=NUM_PAGES * PAGE_TOKENS) for peer in "abc")
+    text = torch.ones(1, 8 * PAGE_TOKENS, 4)
+    for session in (old, young):
+        session.append(text, None)
+        session.pages.computed()
+    grow(table, middle, 10 * PAGE_TOKENS)
+    assert table.pool.num_held == 18
+    with pytest.raises(Refused, match="older sessions hold the rest"):
+        grow(table, middle, 3 * PAGE_TOKENS)
+    assert table.is_open(young)
 
 
 def test_of_younger_sessions_one_of_the_peer_that_holds_most_goes_first() -> None:

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from node import precision
 from node.precision import choose_class, class_of_run, classes_within, fastest, measure_classes
 from swarm.numeric_class import NUMERIC_CLASSES
-from swarm.run_spec import Precision
+from swarm.run_spec import FrozenPrecision, LoraSettings, Precision
 from tests.support.models import TINY
 from tests.support.runs import make_spec
 
@@ -79,3 +79,5 @@ def test_a_run_is_served_in_what_its_rules_say_unless_the_node_says_otherwise() 
         spec = make_spec(precision=rule)
         assert class_of_run("auto", spec) == rule.value
         assert class_of_run("int8", spec) == "int8"
+        frozen = make_spec(precision=rule, lora=LoraSettings(frozen_precision=FrozenPrecision.INT4))
+        assert class_of_run("auto", frozen) == "int4" and class_of_run("fp32", frozen) == "fp32"

@@ -17,6 +17,7 @@ from swarm.run_file import KEYS, data_like, read_run_file, split_evenly
 from swarm.run_spec import (
     DataKind,
     DataSpec,
+    FrozenPrecision,
     LoraSettings,
     OptimizerSettings,
     Precision,
@@ -104,6 +105,7 @@ def test_every_key_ends_up_in_the_rules(folder: Path) -> None:
         rank = 4
         alpha = 32
         target_modules = ["v_proj", "self_attn.q_proj"]
+        frozen_precision = "int4"
 
         [model]
         seed = 7
@@ -178,7 +180,12 @@ def test_every_key_ends_up_in_the_rules(folder: Path) -> None:
         keepers=3,
         checkpoint_every=20,
         num_epochs=10,
-        lora=LoraSettings(rank=4, alpha=32.0, target_modules=("self_attn.q_proj", "v_proj")),
+        lora=LoraSettings(
+            rank=4,
+            alpha=32.0,
+            target_modules=("self_attn.q_proj", "v_proj"),
+            frozen_precision=FrozenPrecision.INT4,
+        ),
     )
 
 
@@ -290,6 +297,9 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "trainable": (MINIMAL + 'trainable = "qlora"', "trainable must be one of all, lora, got 'qlora'"),
     "adapters of a full run": (MINIMAL + "lora.rank = 4", 'the section lora is for runs of adapters: add trainable = "lora"'),
     "rank": (MINIMAL + 'trainable = "lora"\nlora.rank = 0', "lora.rank must be a whole number from 1 to 1024, got 0"),
+    "frozen precision": (MINIMAL + 'trainable = "lora"\nlora.frozen_precision = "bf16"', "lora.frozen_precision must be one of int8, int4, got 'bf16'"),
+    "frozen precision as a number": (MINIMAL + 'trainable = "lora"\nlora.frozen_precision = 8', "lora.frozen_precision must be a text, got 8"),
+    "frozen blocks of a full run": (MINIMAL + 'lora.frozen_precision = "int8"', 'the section lora is for runs of adapters: add trainable = "lora"'),
     "targets": (MINIMAL + 'trainable = "lora"\nlora.target_modules = "q_proj"', "lora.target_modules must be a list of names"),
     "no targets": (MINIMAL + 'trainable = "lora"\nlora.target_modules = []', "leave it out for all linears"),
     "held out of data": (MINIMAL + '[held_out]\nkind = "jsonl"\npath = "corpus/a.jsonl"', "a.jsonl is in data and in held_out"),

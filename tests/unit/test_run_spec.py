@@ -19,6 +19,7 @@ from swarm.run_spec import (
     MAX_SPEC_BYTES,
     DataKind,
     DataSpec,
+    FrozenPrecision,
     LoraSettings,
     OptimizerSettings,
     Precision,
@@ -104,6 +105,7 @@ BAD_LORA: dict[str, tuple[dict[str, Any], str]] = {
     "a number": ({"target_modules": (3,)}, "names of modules"),
     "twice": ({"target_modules": ("q", "q")}, "lora.target_modules must differ"),
     "too many": ({"target_modules": tuple(f"q{n}" for n in range(65))}, "at most 64 are allowed"),
+    "frozen precision": ({"frozen_precision": "bf16"}, "lora.frozen_precision must be one of int8, int4, got 'bf16'"),
 }  # fmt: skip
 BAD_DATA: dict[str, tuple[dict[str, Any], str]] = {
     "kind": ({"kind": "csv"}, "kind must be one of text, jsonl, parquet, own"),
@@ -205,6 +207,7 @@ loras = st.builds(
     target_modules=st.lists(
         st.from_regex(r"[a-z_]{1,9}(\.[a-z0-9]{1,5})?", fullmatch=True), unique=True, min_size=1
     ).map(tuple),
+    frozen_precision=st.none() | st.sampled_from(FrozenPrecision),
 )
 data_specs = st.builds(
     DataSpec,
@@ -288,6 +291,14 @@ def test_the_order_of_target_modules_changes_nothing_and_runs_without_adapters_h
     assert hashlib.sha256(make_spec().to_bytes()).hexdigest()[:16] == "a920d1c4d784b358"
 
 
+def test_runs_over_blocks_in_the_runs_precision_have_the_bytes_that_they_had() -> None:
+    lora = LoraSettings(rank=4, alpha=32.0, target_modules=("q_proj", "v_proj"))
+    found = hashlib.sha256(make_spec(lora=lora).to_bytes()).hexdigest()[:16]
+    assert found == "10546cd1c691a1c9"  # of the version before frozen_precision
+    others = [make_spec(lora=dataclasses.replace(lora, frozen_precision=precision)) for precision in FrozenPrecision]
+    assert len({found, *(hashlib.sha256(spec.to_bytes()).hexdigest()[:16] for spec in others)}) == 3
+
+
 def test_every_rule_changes_the_run_id_and_so_does_the_owner() -> None:
     base = make_spec(held_out=make_data(), eval_every=1)
     changed = {
@@ -321,6 +332,9 @@ def test_every_rule_changes_the_run_id_and_so_does_the_owner() -> None:
     assert len(ids) == len(changed) + 2
 
 
+LORA = run_pb2.Lora(rank=4, alpha=1).SerializeToString()
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -331,6 +345,11 @@ def test_every_rule_changes_the_run_id_and_so_does_the_owner() -> None:
         (lambda message: setattr(message, "config_json", b"\xff{}"), "decode"),
         (lambda message: setattr(message, "config_json", b'{"num_hidden_layers":4,"x":1e999}'), "cannot be written"),
         (lambda message: setattr(message, "precision", "fp8"), "fp8"),
+        (
+            lambda message: message.lora.MergeFromString(LORA + b"\xa0\x06\x01"),
+            "does not know: install a newer version",
+        ),
+        (lambda message: message.lora.MergeFromString(LORA + b"\x22\x04int2"), "'int2' is not a valid FrozenPrecision"),
         (lambda message: message.stage_ends.append(4), "need 0 <= start < end"),
         (lambda message: message.ClearField("stage_ends"), "stages must be 1 to 256"),
         (lambda message: message.ClearField("data"), "is not a valid DataKind"),

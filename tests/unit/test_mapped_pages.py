@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from node.backend.process_memory import MappedPages, trim_heap
+from node.backend.mapped_pages import MappedPages
 from swarm.tensor_files import read_tensors
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what is measured is in /proc")
@@ -33,6 +33,7 @@ def test_what_was_read_of_a_file_is_given_back(tmp_path: Path) -> None:
     assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
     assert mapped_bytes(path) >= 3_000_000
     pages = MappedPages()
+    assert all(pages.shows(tensors[name]) and not pages.shows(wanted[name]) for name in wanted)
     assert 990_000 < pages.drop([tensors["b"], tensors["c"]]) <= 1_000_000
     assert 1_900_000 < mapped_bytes(path) < 2_300_000
     assert 1_990_000 < pages.drop([tensors["a"]]) <= 2_000_000
@@ -48,7 +49,6 @@ def test_other_memory_is_left_alone(tmp_path: Path) -> None:
     pages = MappedPages()
     assert pages.drop([own, own.t(), packed, torch.empty(0), torch.empty(5, device="meta")]) == 0
     pages.drop([shared])
-    trim_heap()
     assert torch.equal(own, expected) and torch.equal(shared, expected) and torch.equal(packed.to_dense(), expected)
 
 
