@@ -174,7 +174,9 @@ class Node:
         config = self.config
 
         def load() -> tuple[Shard, StepEngine, Throughput]:
-            shard = load_shard(checkpoint, span, precision=self._numeric_class, device=config.device)
+            shard = load_shard(
+                checkpoint, span, precision=self._numeric_class, device=config.device, cache_dir=config.cache_dir
+            )
             return shard, load_engine(shard, config), measure_throughput(shard.model, config.threads)
 
         return await self._on_device(load)

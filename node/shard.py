@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from node.backend.code_store import CodeStore
+from node.backend.mapped_pages import MappedPages
 from node.backend.span_model import SpanModel
 from swarm.checkpoint import Checkpoint
 from swarm.errors import UserError
+from swarm.numeric_class import NUMERIC_CLASSES
 from swarm.span import Span
 from swarm.training.run_model import RunModel
 
@@ -34,16 +40,41 @@ class Shard:
         return self.block_digests[hop.start - self.span.start : hop.end - self.span.start]
 
 
-def load_shard(checkpoint: Checkpoint | RunModel, span: Span, *, precision: str, device: str) -> Shard:
-    """Load in the numeric class `precision`, hash and self-check. UserError if the span does not exist or the weights do not compute."""
+def load_shard(
+    checkpoint: Checkpoint | RunModel, span: Span, *, precision: str, device: str, cache_dir: Path | None = None
+) -> Shard:
+    """Load in the numeric class `precision`, hash and self-check. UserError if the span does not exist or the weights do not compute.
+
+    cache_dir: where codes of a checkpoint's blocks are kept, if the class has any.
+    """
     if span.end > checkpoint.num_blocks:
         raise UserError(
             f"blocks {span} do not exist: {checkpoint.name} has {checkpoint.num_blocks} blocks (0:{checkpoint.num_blocks})"
         )
     tensors = checkpoint.load_blocks(span)
-    digests = tuple(checkpoint.digest_blocks(span, tensors))
-    model = SpanModel(checkpoint, span, numeric_class=precision, device=device, state_dict=tensors)
+    digests = _digest(checkpoint, span, tensors)
+    with contextlib.ExitStack() as stack:
+        store = None
+        # A run's weights are served for minutes.
+        if isinstance(checkpoint, Checkpoint) and NUMERIC_CLASSES[precision].bits is not None:
+            store = CodeStore(cache_dir, checkpoint.name, checkpoint.source, precision)
+            stack.callback(store.close)
+        model = SpanModel(
+            checkpoint, span, numeric_class=precision, device=device, state_dict=tensors,
+            code_store=store, block_digests=digests,
+        )  # fmt: skip
     return checked_shard(checkpoint, model, digests)
+
+
+def _digest(checkpoint: Checkpoint | RunModel, span: Span, tensors: dict[str, Tensor]) -> tuple[bytes, ...]:
+    """Block by block, so that not all weights are in memory before the first is put to use."""
+    if not isinstance(checkpoint, Checkpoint):
+        return tuple(checkpoint.digest_blocks(span, tensors))
+    digests, pages = [], MappedPages()
+    for block in span:
+        digests += checkpoint.digest_blocks(Span(block, block + 1), tensors)
+        pages.drop(tensors[key] for key in checkpoint.block_keys[block])
+    return tuple(digests)
 
 
 def checked_shard(checkpoint: Checkpoint | RunModel, model: SpanModel, digests: tuple[bytes, ...]) -> Shard:

@@ -1,6 +1,7 @@
 """The folder of converted models and remembered digests: where it is, who uses what, what may go.
 
-    ROOT/models/KEY/         a safetensors directory made here, with entry.json; complete or not there at all
+    ROOT/models/KEY/         a safetensors directory made here, with entry.json; complete or not there at all.
+                             Of codes of a model's blocks (node/backend/code_store.py): a file for each block, as they are made
     ROOT/models/KEY.partial/ being made by whoever holds the exclusive lock; left over if nobody does
     ROOT/models/KEY.lock     flock: exclusive while making or removing, shared while in use; its mtime is the last use
     ROOT/digests/            see `Sidecar`

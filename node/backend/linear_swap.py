@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from node.backend.block_codes import BlockCodes
+from node.backend.mapped_pages import MappedPages
 from swarm.linears.choice import LinearChoice
-from swarm.linears.quantize import Codes, Int4Codes, Int8Codes, quantize
 from swarm.numeric_class import NUMERIC_CLASSES
 
 log = logging.getLogger(__name__)
-
-Quantize = Callable[[str, Tensor], Codes]
-"""Codes of a linear, by its name in the state dict, and its weights [O, I]."""
 
 # Routers choose experts: they are tiny, and a rounding that changes a choice changes everything.
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
@@ -34,31 +32,12 @@ def activation_dtype(numeric_class: str) -> torch.dtype:
     return getattr(torch, NUMERIC_CLASSES[numeric_class].dtype_name)  # type: ignore[no-any-return]
 
 
-def frozen_linears(numeric_class: str, device: torch.device, hidden_size: int) -> LinearSwap:
-    """The linears of this class for one model."""
-
-    def codes_of(_: str, weight_OI: Tensor) -> Codes:
-        return quantize(kind_of_codes(numeric_class, weight_OI.shape, hidden_size), weight_OI)
-
-    is_plain = NUMERIC_CLASSES[numeric_class].bits is None
-    return LinearSwap(activation_dtype(numeric_class), device, None if is_plain else codes_of)
-
-
-def kind_of_codes(numeric_class: str, shape: Sequence[int], hidden_size: int) -> type[Codes]:
-    """Of a linear [O, I]: in int4 keys and values that several heads share get 8 bits.
-
-    These are 6 % of SmolLM2-135M's weights, and half of what int4 does to its perplexity (docs/log.md).
-    """
-    is_narrow = shape[1] == hidden_size and 2 * shape[0] <= hidden_size
-    return Int8Codes if numeric_class == "int8" or is_narrow else Int4Codes
-
-
 class LinearSwap:
     """`take` at the end of the model's constructor, `put` when it is loaded."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, quantize: Quantize | None) -> None:
-        """dtype: of activations. quantize: None for linears in that dtype, too."""
-        self._dtype, self._device, self._quantize = dtype, device, quantize
+    def __init__(self, dtype: torch.dtype, device: torch.device, codes: BlockCodes | None) -> None:
+        """dtype: of activations. codes: None for linears in that dtype, too."""
+        self._dtype, self._device, self._codes = dtype, device, codes
         self._choice = LinearChoice(device)
         self._taken: dict[str, tuple[str, Tensor]] = {}  # by module: name in the state dict, weights as stored
 
@@ -77,6 +56,7 @@ class LinearSwap:
     @torch.no_grad()
     def put(self, model: Any) -> None:
         """Linears in the place of those that were taken, and of others that were loaded as they are."""
+        pages = MappedPages()
         for name, module in list(_linears(model)):
             if name in self._taken:
                 key, weight = self._taken.pop(name)
@@ -86,22 +66,23 @@ class LinearSwap:
                 key, weight = name, module.weight.detach()
             is_transposed = isinstance(module, Conv1D) or (isinstance(module, _Vacant) and module.is_transposed)
             model.set_submodule(name, self._made(key, weight.t() if is_transposed else weight, module.bias))
+            pages.drop([weight])
+        if self._codes is not None:
+            self._codes.close()
         for parameter in model.parameters():
-            if (
-                parameter.ndim == 1
-            ):  # norms and biases may be views of the checkpoint's file, and keep all of it in memory
+            if pages.shows(parameter.data):  # a norm, say, which would keep all of the checkpoint's file in memory
                 parameter.data = parameter.data.clone()
         self._report(model)
 
     def _wants(self, name: str, module: Any) -> bool:
-        if self._quantize is None:
+        if self._codes is None:
             return self._device.type == "cpu"
         return name.rpartition(".")[2] not in _ROUTERS and min(module.weight.shape) >= _FEWEST_OUTPUTS
 
     def _made(self, key: str, weight_OI: Tensor, bias: Tensor | None) -> nn.Module:
-        if self._quantize is None:
+        if self._codes is None:
             return self._choice.of_weight(weight_OI, bias, self._dtype)
-        return self._choice.of_codes(self._quantize(key, weight_OI), bias)
+        return self._choice.of_codes(self._codes.of(key, weight_OI), bias)
 
     def _report(self, model: Any) -> None:
         made = ", ".join(f"{count} {kind}" for kind, count in sorted(self._choice.made.items()))

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from node.backend.linear_swap import activation_dtype, frozen_linears
+from node.backend.block_codes import BlockCodes
+from node.backend.code_store import CodeStore
+from node.backend.linear_swap import LinearSwap, activation_dtype
 from node.backend.misfit import find_misfit, probe_of, same, trace
 from node.backend.span_cache import SpanCache
 from node.backend.span_cut import HopView, keep_blocks
@@ -30,6 +32,7 @@ from swarm.decoder import (
 )
 from swarm.errors import BadRequest, UserError
 from swarm.linears.frozen import FrozenLinear
+from swarm.numeric_class import NUMERIC_CLASSES
 from swarm.span import Span
 from swarm.terminal import quiet_libraries
 
@@ -46,11 +49,14 @@ class SpanModel:
         device: str = "cpu",
         state_dict: dict[str, Tensor] | None = None,
         numeric_class: str | None = None,
+        code_store: CodeStore | None = None,
+        block_digests: Sequence[bytes] = (),
     ) -> None:
         """state_dict: what checkpoint.load_blocks(span) returns, if the caller has it already; emptied here to save memory.
 
         numeric_class: of a model whose weights never change: its linears are made for that, and dtype follows. None: all modules are
         transformers' own, with weights in dtype.
+        code_store: where codes of blocks with these digests may be, and are kept.
         Raises UserError for a model that cannot be served in spans, with the reason.
         """
         refuse_unfit(checkpoint.config, checkpoint.name)
@@ -67,7 +73,11 @@ class SpanModel:
         config = copy.deepcopy(checkpoint.config)
         config.tie_word_embeddings = False
 
-        linears = None if numeric_class is None else frozen_linears(numeric_class, self.device, self.hidden_size)
+        linears = None
+        if numeric_class is not None:
+            has_codes = NUMERIC_CLASSES[numeric_class].bits is not None
+            codes = BlockCodes(numeric_class, self.hidden_size, code_store, block_digests) if has_codes else None
+            linears = LinearSwap(dtype, self.device, codes)
 
         def cut(model: Any) -> None:
             keep_blocks(model, checkpoint.num_blocks, span)

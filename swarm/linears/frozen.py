@@ -30,6 +30,8 @@ from swarm.linears.quantize import GROUP, Int4Codes, Int8Codes
 INT8_KERNEL_ROWS = 20
 INT4_KERNEL_ROWS = 64
 
+_ALIGNMENT = 64
+"""Bytes, as torch allocates. The int8 kernel crashes with inputs at no multiple of 32, or codes at none of 16."""
 _WIDENED_AT_ONCE = 1 << 23
 """Weights that are in bf16 at a time: 16 MiB."""
 
@@ -149,8 +151,8 @@ class Int8Linear(FrozenLinear):
         super().__init__(num_inputs, num_outputs, torch.bfloat16, bias)
         if num_inputs % 32:
             raise ValueError(f"the kernel reads 32 inputs at a time, also behind the last of {num_inputs}")
-        self.register_buffer("codes", codes.codes.contiguous(), persistent=False)
-        self.register_buffer("scale", codes.scale, persistent=False)
+        self.register_buffer("codes", _own(codes.codes), persistent=False)
+        self.register_buffer("scale", _own(codes.scale), persistent=False)
 
     def dense(self) -> Tensor:
         return Int8Codes(self.codes, self.scale).dense()
@@ -158,6 +160,9 @@ class Int8Linear(FrozenLinear):
     def outputs(self, given_RI: Tensor) -> Tensor:
         output: Tensor
         if given_RI.shape[0] <= INT8_KERNEL_ROWS:
+            # A view may begin anywhere; what a trace is replayed with, nobody looks at.
+            if torch._C._get_tracing_state() is not None or given_RI.data_ptr() % _ALIGNMENT:
+                given_RI = given_RI.clone()
             output = torch.ops.aten._weight_int8pack_mm(given_RI, self.codes, self.scale)
         else:
             # bf16 has the codes exactly, as they are whole numbers below 256.
@@ -173,6 +178,13 @@ class Int8Linear(FrozenLinear):
 
     def _parts(self) -> tuple[Tensor, ...]:
         return torch.split(self.codes, max(1, _WIDENED_AT_ONCE // self.in_features))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """In memory of torch's own, not in a mapped file, where it may begin anywhere."""
+    tensor = tensor.contiguous()
+    is_own = tensor.data_ptr() % _ALIGNMENT == 0 and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if is_own else tensor.clone()
 
 
 class Int4Linear(FrozenLinear):

@@ -50,6 +50,9 @@ class Int8Codes:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], num_inputs: int) -> Int8Codes:
+        """Raises ValueError for tensors of another linear or kind of codes."""
+        num_outputs = len(tensors["codes"])
+        _check(tensors, {"codes": (torch.int8, num_outputs, num_inputs), "scale": (torch.bfloat16, num_outputs)})
         return cls(tensors["codes"], tensors["scale"])
 
     def rows(self, start: int, end: int) -> Int8Codes:
@@ -83,6 +86,11 @@ class Int4Codes:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], num_inputs: int) -> Int4Codes:
+        """Raises ValueError for tensors of another linear or kind of codes."""
+        num_outputs, num_groups = len(tensors["codes"]), -(-num_inputs // GROUP)
+        scales = torch.bfloat16, num_outputs, num_groups
+        codes = torch.uint8, num_outputs, num_groups * GROUP // 2
+        _check(tensors, {"codes": codes, "scale": scales, "zero": scales})
         return cls(tensors["codes"], tensors["scale"], tensors["zero"], num_inputs)
 
     def rows(self, start: int, end: int) -> Int4Codes:
@@ -126,6 +134,12 @@ def quantize_int4(weight_OI: Tensor) -> Int4Codes:
         parts.append((flat[:, 0::2] | flat[:, 1::2] << 4, scale.view(-1, num_groups), zero.view(-1, num_groups)))
     packed, scales, zeros = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     return Int4Codes(packed, scales.bfloat16(), zeros.bfloat16(), weight_OI.shape[1])
+
+
+def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[object, ...]]) -> None:
+    found = {name: (tensor.dtype, *tensor.shape) for name, tensor in tensors.items()}
+    if found != expected:
+        raise ValueError(f"codes of {expected} were expected, found {found}")
 
 
 def _grouped(weight_OJ: Tensor) -> Tensor:

@@ -98,6 +98,35 @@ def test_the_int8_kernel_never_gets_inputs_that_it_would_read_past() -> None:
     assert isinstance(LinearChoice(torch.device("cpu")).of_codes(codes, None), WidenedLinear)
 
 
+def at_offset(tensor: Tensor, num_bytes: int) -> Tensor:
+    """The same values in memory that begins so far behind a multiple of 64."""
+    memory = torch.empty(tensor.nbytes + 128, dtype=torch.uint8)
+    start = -memory.data_ptr() % 64 + num_bytes
+    view = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    assert view.data_ptr() % 64 == num_bytes
+    return view.copy_(tensor)
+
+
+@pytest.mark.parametrize("offset", [4, 8, 16, 32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_and_codes_may_begin_anywhere_in_memory(kind: str, offset: int) -> None:
+    """The int8 kernel itself ends the process at most of these offsets (measured), here and when a trace is replayed."""
+    linear, _ = make(kind, weight_of(192, 96))
+    codes = quantize_int8(weight_of(192, 96))
+    if kind == "int8":
+        moved = Int8Linear(Int8Codes(at_offset(codes.codes, offset), at_offset(codes.scale, offset)), None)
+    else:
+        moved = linear
+    with torch.inference_mode():
+        for rows in (1, 3, 4, 17, 20, 40):
+            given = torch.randn(rows, 96).to(linear.dtype)
+            expected = linear(given)
+            assert torch.equal(moved(at_offset(given, offset)), expected)
+            if not kind.startswith("widened"):
+                traced = torch.jit.trace(linear, (given,), check_trace=False)
+                assert torch.equal(traced(at_offset(given, offset)), expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_rows_give_no_rows(kind: str) -> None:
     linear, _ = make(kind, weight_of(64, 32))
