@@ -231,7 +231,7 @@ def test_the_memory_of_the_pages_is_the_budget_whatever_parts_of_the_span_are_as
     hops = [Span(start, end) for start in range(4) for end in range(start + 1, 5)]
     for hop in hops:
         client = node.open(hop)
-        for _ in range(17):
+        for _ in range(33):
             node.step(client, text(1))
         node.cancel(client)
     slots = num_pages * PAGE_TOKENS
