@@ -147,51 +147,60 @@ def cache_bytes_per_token(config: Any, span: Span, itemsize: int) -> int:
     return int((2 * config.num_key_value_heads * head_dim * len(span) + config.hidden_size) * itemsize)
 
 
+def start_figures(swarm: LocalSwarm, node: Process) -> dict[str, float]:
+    """Of a node's start; waits for READY."""
+    ready = node.ready()
+    times = psutil.Process(node.pid).cpu_times()
+    figures = {
+        "ready_s": ready["ready_s"],
+        "cpu_until_ready_s": times.user + times.system,
+        "peak_mb": peak_mb(node.pid),
+        "processes": 1 + len(psutil.Process(node.pid).children(recursive=True)),
+    }
+    trace = [json.loads(line) for line in (swarm.folder / "node.trace").read_text().splitlines()]
+    for line in trace:
+        phase = line["phase"].replace(" ", "_")
+        figures[f"phase_{phase}_s"], figures[f"phase_{phase}_cpu_s"] = line["wall_s"], line["cpu_s"]
+    return figures | {"start_until_ready_s": sum(line["wall_s"] for line in trace)}
+
+
+def memory_figures(when: str, node: Process, modules: Path, weights_mb: float) -> dict[str, float]:
+    """Of a node and its p2pd now, beside a process that has only its modules."""
+    (p2pd,) = node.p2pd_pids()
+    mapped_pss, mapped_rss = mapped_weights_mb(node.pid)
+    packed_mb = max(0.0, weights_mb - mapped_rss)
+    with bare_process(modules) as bare_pid:
+        node_mb, bare_mb = pss_mb(node.pid), pss_mb(bare_pid)
+        own_mb = pss_mb(node.pid, "Pss_Anon") - pss_mb(bare_pid, "Pss_Anon")
+        return {
+            "bare_imports_mb": bare_mb,
+            "bare_imports_rss_mb": psutil.Process(bare_pid).memory_info().rss / 1e6,
+            f"p2pd_{when}_mb": pss_mb(p2pd),
+            f"node_{when}_mb": node_mb,
+            f"beyond_{when}_mb": node_mb - mapped_pss - packed_mb - bare_mb,
+            f"beyond_{when}_own_mb": own_mb - packed_mb,
+        }
+
+
 def node_figures(options: argparse.Namespace, modules: Path | None, weights_mb: float) -> tuple[dict[str, float], str]:
-    """Of one node that starts, rests, serves, and ends; and the names of its modules."""
-    figures: dict[str, float] = {}
+    """Of one node that starts, rests, serves, and ends; and the names of its modules. modules: these of another one."""
+    checkpoint, span = open_checkpoint(options.model), Span.parse(options.blocks)
     with tempfile.TemporaryDirectory() as folder, local_swarm(Path(folder)) as swarm:
         node = start_timed_node(
             swarm, "--model", options.model, "--blocks", options.blocks, "--precision", options.precision
         )
-        ready = node.ready()
-        figures["ready_s"] = ready["ready_s"]
-        times = psutil.Process(node.pid).cpu_times()
-        figures["cpu_until_ready_s"] = times.user + times.system
-        figures["peak_mb"] = peak_mb(node.pid)
-        trace = [json.loads(line) for line in (swarm.folder / "node.trace").read_text().splitlines()]
-        figures["start_until_ready_s"] = sum(line["wall_s"] for line in trace)
-        for line in trace:
-            phase = line["phase"].replace(" ", "_")
-            figures[f"phase_{phase}_s"], figures[f"phase_{phase}_cpu_s"] = line["wall_s"], line["cpu_s"]
-
-        def note_beyond(when: str, bare_pid: int) -> None:
-            mapped_pss, mapped_rss = mapped_weights_mb(node.pid)
-            packed_mb = max(0.0, weights_mb - mapped_rss)
-            figures[f"beyond_{when}_mb"] = pss_mb(node.pid) - mapped_pss - packed_mb - pss_mb(bare_pid)
-            own_mb = pss_mb(node.pid, "Pss_Anon") - pss_mb(bare_pid, "Pss_Anon")
-            figures[f"beyond_{when}_own_mb"] = own_mb - packed_mb
-
+        figures = start_figures(swarm, node)
         if modules is not None:
-            (p2pd,) = node.p2pd_pids()
-            with bare_process(modules) as bare_pid:
-                figures["bare_imports_mb"], figures["p2pd_mb"] = pss_mb(bare_pid), pss_mb(p2pd)
-                figures["bare_imports_rss_mb"] = psutil.Process(bare_pid).memory_info().rss / 1e6
-                figures["node_mb"] = pss_mb(node.pid)
-                note_beyond("at_rest", bare_pid)
-            figures["processes"] = 1 + len(psutil.Process(node.pid).children(recursive=True))
-        checkpoint, span = open_checkpoint(options.model), Span.parse(options.blocks)
-        itemsize, num_blocks = ITEMSIZE[options.precision], checkpoint.num_blocks
-        others = [Span(*ends) for ends in ((0, span.start), (span.end, num_blocks)) if ends[0] < ends[1]]
+            figures |= memory_figures("at_rest", node, modules, weights_mb)
+            peak = figures["peak_mb"] - figures["bare_imports_rss_mb"]
+            figures["peak_beyond_imports_to_weights"] = peak / weights_mb
+        others = [Span(*ends) for ends in ((0, span.start), (span.end, checkpoint.num_blocks)) if ends[0] < ends[1]]
         swarm.start_nodes(options.model, *map(str, others))
         num_seen = generate(swarm, options.model, options.tokens)
-        figures["cache_at_most_mb"] = num_seen * cache_bytes_per_token(checkpoint.config, span, itemsize) / 1e6
         if modules is not None:
-            with bare_process(modules) as bare_pid:
-                note_beyond("after_serving", bare_pid)
-                figures["peak_beyond_imports_to_weights"] = (
-                    figures["peak_mb"] - figures["bare_imports_rss_mb"]
-                ) / weights_mb
+            per_token = cache_bytes_per_token(checkpoint.config, span, ITEMSIZE[options.precision])
+            figures["cache_at_most_mb"] = num_seen * per_token / 1e6
+            figures |= memory_figures("after_serving", node, modules, weights_mb)
         node.stop()
         return figures, (swarm.folder / "node.modules").read_text()
 

@@ -43,7 +43,7 @@ def time_phases() -> None:
     """Each function is where a phase has ended."""
     from node import runtime, shard
 
-    build, measure = shard.SpanModel, runtime.measure_throughput
+    build, load_engine, measure = shard.SpanModel, runtime.load_engine, runtime.measure_throughput
 
     def built(*args: Any, **options: Any) -> Any:
         end_phase("read and hash")
@@ -51,8 +51,13 @@ def time_phases() -> None:
         end_phase("build")
         return model
 
-    def measured(*args: Any, **options: Any) -> Any:
+    def engine_loaded(*args: Any, **options: Any) -> Any:
         end_phase("self-check")
+        engine = load_engine(*args, **options)
+        end_phase("load engine")
+        return engine
+
+    def measured(*args: Any, **options: Any) -> Any:
         throughput = measure(*args, **options)
         end_phase("measure throughput")
         return throughput
@@ -64,6 +69,7 @@ def time_phases() -> None:
     node._claim_span = begins_after("open checkpoint", node._claim_span)
     runtime.load_shard = begins_after("announce JOINING", runtime.load_shard)
     shard.SpanModel = built  # type: ignore[assignment,misc]
+    runtime.load_engine = engine_loaded
     runtime.measure_throughput = measured
     runtime._print_ready = begins_after("announce ONLINE", runtime._print_ready)
 
