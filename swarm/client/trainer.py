@@ -162,7 +162,14 @@ class Trainer:
         # Evaluations are of the weights as they are, as are microbatches of the next epoch.
         previous = order.unit < EARLY and not is_eval
 
+        def check_place() -> None:
+            """On the device thread, where steps are taken, too: a step in between would leave the ends with other weights."""
+            own = self.membership.weights_at[0]
+            if own != place:
+                raise Outdated(f"the ends are at epoch {own.epoch}, the microbatch is of {place.epoch}")
+
         def embed() -> Tensor:
+            check_place()
             self.ends.parameters.show(previous=previous)
             return self.ends.embed(batch.input_ids)
 
@@ -186,6 +193,7 @@ class Trainer:
             return UnitResult(order.unit, num_tokens, loss_sum)
 
         def compute_loss() -> HeadResult:
+            check_place()
             self.ends.parameters.show(previous=previous)
             return self.ends.loss(inputs[-1], batch.labels)
 
