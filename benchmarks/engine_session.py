@@ -17,6 +17,7 @@ class EngineSession:
 
     def __init__(self, model: SpanModel) -> None:
         self._engine = StepEngine(model, num_pages=_MAX_TOKENS // PAGE_TOKENS, page_tokens=PAGE_TOKENS)
+        self._engine.trace(model.span)  # as a node does when it rests
         self._pages = list(range(_MAX_TOKENS // PAGE_TOKENS))
         self.restart()
 

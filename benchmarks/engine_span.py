@@ -147,7 +147,7 @@ def _train(stage: TrainableStage, total: GradientSum, rows: int, tokens: int) ->
         total.add(of_weights)
 
     def step() -> None:
-        stage.parameters.step(total.vector * (1 / rows), lr=1e-6)
+        stage.parameters.step(total.vector.mul_(1 / rows), lr=1e-6)
         total.clear()
 
     return {part.__name__: seconds(part) for part in (forward, backward, step)}

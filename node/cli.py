@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from node.config import PRECISIONS, NodeConfig
+from swarm.allocator import keep_freed_memory
 from swarm.errors import SwarmError
 from swarm.flags import (
     BlocksType,
@@ -22,6 +23,7 @@ from swarm.flags import (
     log_level_option,
 )
 from swarm.light_start import leave_out, quick_imports
+from swarm.openmp import spin_shortly
 from swarm.training.member_config import MembershipConfig
 
 MIB = 2**20
@@ -167,8 +169,9 @@ def run(
     except SwarmError as error:
         raise click.UsageError(str(error)) from error
     configure_logging(log_level)
-    # Spinning OpenMP threads of several processes on the same cores slow each other down by an order of magnitude.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    spin_shortly()
+    if config.run_ids:
+        keep_freed_memory()
     # oneDNN keeps a kernel of 0.6 MB for each shape of linear and each number of rows that it was used with: 1024 unless told otherwise,
     # and torch as many once more. A kernel is made again in some 0.4 ms.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")

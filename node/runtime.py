@@ -22,12 +22,12 @@ from node.claims import Claimant, claim_of_span
 from node.config import NodeConfig
 from node.device import check_device
 from node.executor import Executor
-from node.freed_memory import return_freed_memory
 from node.placement import block_rates, blocks_that_fit, choose_span
 from node.precision import choose_class
 from node.serving import load_engine, serve_shard
 from node.shard import Shard, load_shard
 from node.throughput import Throughput, measure_throughput
+from swarm.allocator import return_freed_memory
 from swarm.checkpoint import Checkpoint, open_checkpoint
 from swarm.ending import cancelled
 from swarm.errors import SwarmError, UserError

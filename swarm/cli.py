@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from swarm.allocator import keep_freed_memory
 from swarm.errors import SwarmError
 from swarm.flags import (
     RunIdType,
@@ -22,6 +22,7 @@ from swarm.flags import (
     log_level_option,
 )
 from swarm.light_start import leave_out, quick_imports
+from swarm.openmp import spin_shortly
 from swarm.run_cli import run, run_options, show_status
 
 if TYPE_CHECKING:
@@ -229,7 +230,8 @@ def train(
 ) -> None:
     """Feed microbatches of a run's data through its stages, until its end or Ctrl-C."""
     configure_logging(log_level)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    spin_shortly()
+    keep_freed_memory()
     from swarm.client.trainer_config import TrainerConfig
 
     with quick_imports():

@@ -19,7 +19,6 @@ from node.backend.step_engine import StepEngine
 from node.config import NodeConfig
 from node.device_share import Purpose
 from node.executor import Executor
-from node.freed_memory import return_freed_memory
 from node.job_queue import JobKind
 from node.precision import class_of_run
 from node.service import NodeService
@@ -27,6 +26,7 @@ from node.serving import load_engine, serve_shard
 from node.shard import Shard, load_shard
 from node.throughput import Throughput, measure_throughput
 from node.training.frozen_blocks import FrozenBlocks
+from swarm.allocator import return_freed_memory
 from swarm.ending import cancelled
 from swarm.epoch.messages import Place
 from swarm.errors import SwarmError

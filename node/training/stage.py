@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from node.backend.adapter import attach
-from node.freed_memory import return_freed_memory
 from node.stash import StashEntry
 from node.training.frozen_blocks import FrozenBlocks
 from node.training.stage_model import hold_casts, load_stage_model
+from swarm.allocator import return_freed_memory
 from swarm.decoder import BlockSource
 from swarm.errors import BadRequest
 from swarm.run_spec import Precision, RunSpec

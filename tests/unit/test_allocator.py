@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from node.freed_memory import return_freed_memory
+from swarm.allocator import return_freed_memory
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators cannot be told")
