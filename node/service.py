@@ -68,12 +68,6 @@ class NodeService:
 
         first: a message that was received already.
         """
-        ended = await self._converse(stream, first)
-        if ended is not None and not self.sessions.sessions:
-            await self._steps.prepare(ended.hop)
-
-    async def _converse(self, stream: FramedStream, first: bytes | None) -> Session | None:
-        """The session that the stream was for, if there was one and the peer ended it properly."""
         session: Session | None = None
         hop: Span | None = None  # of a stream of microbatches
         refusals = 0
@@ -83,7 +77,7 @@ class NodeService:
                 if message is None:
                     message = await self._next_message(stream, session, is_open=hop is not None)
                 if message is None:
-                    return session
+                    return
                 try:
                     request, tensors = decode_message(message, node_pb2.Request)
                     kind = request.WhichOneof("kind")
@@ -112,9 +106,8 @@ class NodeService:
                     log.info("request refused peer=%s reason=%s", stream.peer_id, error)
                     answer = encode_message(refusal_of(error))
                 if not await self._sent(stream, answer):
-                    return None
+                    return
             await stream.fail("too many refused requests on one stream")
-            return None
         finally:
             if hop is not None:
                 self.microbatches.close(stream)

@@ -21,7 +21,10 @@ MAX_STALL_S = 0.1
 def load_engine(shard: Shard, config: NodeConfig, *, num_models: int = 1) -> StepEngine:
     """On the device thread. num_models: which share the memory for caches."""
     limits = session_limits_of(config, num_models=num_models)
-    return StepEngine(shard.model, num_pages=num_pages_of(limits, shard.cache_bytes_per_token), page_tokens=PAGE_TOKENS)
+    num_pages = num_pages_of(limits, shard.cache_bytes_per_token)
+    engine = StepEngine(shard.model, num_pages=num_pages, page_tokens=PAGE_TOKENS)
+    engine.trace(shard.span)
+    return engine
 
 
 def serve_shard(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from node.backend.code_store import CodeStore
 from node.backend.mapped_pages import MappedPages
+from node.backend.merged_linears import merge_linears
 from node.backend.span_model import SpanModel
 from swarm.checkpoint import Checkpoint
 from swarm.errors import UserError
@@ -63,6 +64,7 @@ def load_shard(
             checkpoint, span, numeric_class=precision, device=device, state_dict=tensors,
             code_store=store, block_digests=digests,
         )  # fmt: skip
+    merge_linears(model)
     return checked_shard(checkpoint, model, digests)
 
 

@@ -14,7 +14,6 @@ from node.executor import Executor
 from node.step_queue import BatchLimits, StepQueue, Waiting, gathering_s
 from protos import node_pb2
 from swarm.messages import Refused
-from swarm.span import Span
 from swarm.tensors import Buffer
 
 log = logging.getLogger(__name__)
@@ -96,11 +95,6 @@ class Steps:
             raise job.error
         assert job.reply is not None
         return job.reply
-
-    async def prepare(self, hop: Span) -> None:
-        """Make further steps of a hop faster, if it is worth it. To be called when nobody waits for a step: it takes up to a second."""
-        if self.engine.is_worth_tracing(hop):
-            await self._executor.run(lambda: self.engine.trace(hop), is_own=True)
 
     async def _run_batch(self, alone: bool) -> None:
         self._is_running = True

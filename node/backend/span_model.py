@@ -109,6 +109,14 @@ class SpanModel:
         """The blocks' weights. Whoever gives them other memory calls note_weights."""
         return self._base.named_parameters()  # type: ignore[no-any-return]
 
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """All modules of the blocks."""
+        return self._base.named_modules()  # type: ignore[no-any-return]
+
+    def replace_module(self, name: str, module: nn.Module) -> None:
+        """Put another one in a module's place. Whoever does so calls note_weights."""
+        self._base.set_submodule(name, module)
+
     def block(self, index: int) -> nn.Module:
         """A block of the span, by its index in the whole model."""
         return find_blocks(self._base, len(self.span))[1][index - self.span.start]

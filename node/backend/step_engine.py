@@ -30,8 +30,6 @@ from swarm.span import Span
 log = logging.getLogger(__name__)
 
 _BATCHES_BEFORE_TRACE = 32
-_BATCHES_BEFORE_TRACE_AT_WORK = 512
-"""If the device never rested since: a step waits for the trace then, which costs as much as it saves in so many."""
 _MOST_TUNED_TOKENS = 32
 """Larger batches are prompts: few large operators, which bear with a busy machine."""
 
@@ -137,19 +135,21 @@ class StepEngine:
         if self.tuner.threads != before:
             log.info("threads changed from=%d to=%d num_tokens=%d", before, self.tuner.threads, num_tokens)
 
-    def is_worth_tracing(self, hop: Span) -> bool:
-        """Whether a hop has proved to be in use, and is not traced yet.
-
-        As peers may ask for any part of the span, all traces together have at most twice as many blocks as it has.
-        """
-        has_room = self._num_traced_blocks + len(hop) <= 2 * len(self.model.span)
-        return self._num_batches[hop] >= _BATCHES_BEFORE_TRACE and has_room and hop not in self._tried
-
     def trace(self, hop: Span) -> None:
-        """Trace a hop, once. That takes 30 ms and 1.6 MiB a block, which a node's start need not wait for."""
+        """Make further steps of a hop faster (RaggedSpan.trace), once: that takes some 15 ms a block."""
         if self.ragged is not None and hop not in self._tried:
             self._tried.add(hop)
             self._num_traced_blocks += len(hop) * self.ragged.trace(hop)
+
+    def _may_trace(self, hop: Span) -> None:
+        """Trace a part of the span once it has proved to be in use.
+
+        As peers may ask for any, all traces together have at most twice as many blocks as the span has.
+        """
+        self._num_batches[hop] += 1
+        has_room = self._num_traced_blocks + len(hop) <= 2 * len(self.model.span)
+        if self._num_batches[hop] == _BATCHES_BEFORE_TRACE and has_room:
+            self.trace(hop)
 
     def _compute_alone(self, step: EngineStep, count: int) -> None:
         assert step.cache is not None
@@ -166,9 +166,7 @@ class StepEngine:
 
     def _compute_together(self, ragged: RaggedSpan, batch: Sequence[tuple[EngineStep, int]]) -> None:
         hop = batch[0][0].hop
-        self._num_batches[hop] += 1
-        if self._num_batches[hop] % _BATCHES_BEFORE_TRACE_AT_WORK == 0 and self.is_worth_tracing(hop):
-            self.trace(hop)
+        self._may_trace(hop)
         for step, _ in batch:
             if not step.has_begun:
                 self._store.copy_pages(step.copies)

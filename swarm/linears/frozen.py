@@ -17,6 +17,7 @@ R rows, I inputs, O outputs; G groups of inputs.
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -125,6 +126,13 @@ class PrepackedLinear(FrozenLinear):
         weight = self.dense()
         # MKL's product, which @ is in fp32, takes twice the time.
         return _product(gradient_RO, weight.t(), None) if self.dtype == torch.float32 else gradient_RO @ weight
+
+
+def join(linears: Sequence[PrepackedLinear]) -> PrepackedLinear:
+    """One linear with the outputs of all of them, which take the same input, and of which all have a bias or none."""
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    weight = torch.cat([linear.dense() for linear in linears])
+    return PrepackedLinear(weight, torch.cat(biases) if biases else None)
 
 
 def _product(given: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
