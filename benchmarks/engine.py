@@ -35,7 +35,7 @@ from benchmarks.engine_others import measure_memory, measure_perplexity
 from benchmarks.engine_profile import measure_profile
 from benchmarks.engine_span import measure_span
 from benchmarks.report import print_report
-from swarm.allocator import keep_freed_memory
+from swarm.allocator import share_one_arena
 from swarm.cache import cache_root
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
@@ -108,7 +108,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(arguments)
-    keep_freed_memory()  # as a node that trains does
+    share_one_arena()  # as a node that trains does
     results: dict[str, Any] = {}
     parts = options.part or DEFAULT_PARTS
     for name in parts:

@@ -155,8 +155,8 @@ async def _measure_stalls(client: SwarmClient, hidden_size: int, options: argpar
 
 
 async def _first_token_s(client: SwarmClient, hidden_size: int, num_tokens: int) -> float:
-    """Seconds to open a session and get a long prompt through it."""
-    hidden = _hidden(num_tokens, hidden_size)
+    """Seconds to open a session and get a long prompt through it, which the node has not seen before."""
+    hidden = torch.randn(1, num_tokens, hidden_size)
     started = time.perf_counter()
     async with client.session(batch=1, max_length=num_tokens) as session:
         await session.step(hidden)

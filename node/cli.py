@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from node.config import PRECISIONS, NodeConfig
-from swarm.allocator import keep_freed_memory
+from swarm.allocator import share_one_arena
 from swarm.errors import SwarmError
 from swarm.flags import (
     BlocksType,
@@ -171,7 +171,7 @@ def run(
     configure_logging(log_level)
     spin_shortly()
     if config.run_ids:
-        keep_freed_memory()
+        share_one_arena()
     # oneDNN keeps a kernel of 0.6 MB for each shape of linear and each number of rows that it was used with: 1024 unless told otherwise,
     # and torch as many once more. A kernel is made again in some 0.4 ms.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")

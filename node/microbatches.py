@@ -6,6 +6,7 @@ The weights are never changed by this: backward returns the gradient w.r.t. the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ from node.job_queue import JobKind
 from node.shard import Shard
 from node.stash import Stash, StashEntry
 from protos import node_pb2
-from swarm.errors import BadRequest, SwarmError
+from swarm.errors import BadRequest, PeerFailed, SwarmError
 from swarm.messages import MAX_HEADER_BYTES, Refused, encode_message, own_version
 from swarm.p2p.framing import FramedStream
 from swarm.span import Span
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 64 * 2**20
 MAX_STREAMS_PER_PEER = 8
 MAX_STREAMS = 32
+_DELIVERY_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class Microbatches:
         self._bytes_per_token = 2 * shard.hidden_size * 4 + 9
         self._max_tokens = max(1, min(limits.max_tokens, MAX_MESSAGE_BYTES // self._bytes_per_token))
         self._streams: Counter[str] = Counter()
+        self._open: set[FramedStream] = set()
         self._num_running = 0
         self._changed = asyncio.Event()
 
@@ -90,6 +93,7 @@ class Microbatches:
                 f"{self._streams.total()} streams for microbatches are open, {self._streams[stream.peer_id]} of them yours; close some",
             )
         self._streams[stream.peer_id] += 1
+        self._open.add(stream)
         stream.accept_messages_of(self._max_tokens * self._bytes_per_token + MAX_HEADER_BYTES)
         opened = node_pb2.MicrobatchesOpened(
             version=own_version(),
@@ -102,17 +106,19 @@ class Microbatches:
     def close(self, stream: FramedStream) -> None:
         """A stream that was admitted has ended; with the peer's last one, what is kept for it goes."""
         self._streams[stream.peer_id] -= 1
+        self._open.discard(stream)
         if not self._streams[stream.peer_id]:
             del self._streams[stream.peer_id]
             self.stash.drop_peer(stream.peer_id)
             self._changed.set()
 
     async def wait_until_idle(self) -> None:
-        """Until nothing runs and no microbatch waits for its backward."""
+        """Until nothing runs, no microbatch waits for its backward, and the peers have all answers."""
         while self._num_running or self.stash.num_entries:
             self._changed.clear()
             await self._changed.wait()
             self.stash.purge(time.monotonic())
+        await asyncio.gather(*map(_delivered, self._open))
 
     async def answer(self, peer_id: str, hop: Span, request: node_pb2.Request, tensors: list[Tensor]) -> list[Buffer]:
         """The reply to a Forward or Backward. Raises Refused or BadRequest."""
@@ -242,6 +248,12 @@ class Microbatches:
                 raise BadRequest(f"position ids must be [1 or {rows}, {num_tokens}] of 0 .. 2**20 - 1")
         seed = request.dropout_seed if request.HasField("dropout_seed") else None
         return _ForwardInput(hidden, mask, positions, seed)
+
+
+async def _delivered(stream: FramedStream) -> None:
+    """Until the peer has all that was sent, or is given up. p2pd drops what it has not passed on when it ends."""
+    with contextlib.suppress(PeerFailed):
+        await stream.ping(_DELIVERY_TIMEOUT_S)
 
 
 def _check_id(microbatch_id: bytes) -> None:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from swarm.allocator import keep_freed_memory
 from swarm.errors import SwarmError
 from swarm.flags import (
     RunIdType,
@@ -231,7 +230,6 @@ def train(
     """Feed microbatches of a run's data through its stages, until its end or Ctrl-C."""
     configure_logging(log_level)
     spin_shortly()
-    keep_freed_memory()
     from swarm.client.trainer_config import TrainerConfig
 
     with quick_imports():

@@ -13,7 +13,7 @@ from node.backend.adapter import attach
 from node.stash import StashEntry
 from node.training.frozen_blocks import FrozenBlocks
 from node.training.stage_model import hold_casts, load_stage_model
-from swarm.allocator import return_freed_memory
+from swarm.allocator import keep_freed_memory, return_freed_memory
 from swarm.decoder import BlockSource
 from swarm.errors import BadRequest
 from swarm.run_spec import Precision, RunSpec
@@ -59,6 +59,7 @@ class TrainableStage:
             hold_casts(self.model, self.parameters.parameters, self.parameters.hold)
         self.model.note_weights()
         return_freed_memory()
+        keep_freed_memory()
 
     @property
     def hidden_size(self) -> int:

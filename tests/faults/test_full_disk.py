@@ -158,7 +158,8 @@ def test_a_saved_state_that_is_torn_or_of_another_run_is_named_and_not_used(
         first = training.start_node(0, cache=tmp_path / "disk")
         if not is_alone:
             training.start_node(0, cache=tmp_path / "replica")
-        other, trainer = training.start_node(1, cache=tmp_path / "other"), training.start_trainer()
+        # Without copies on another's disk: the run would go back to one of them.
+        other, trainer = training.start_node(1, "--no-copies", cache=tmp_path / "other"), training.start_trainer()
         wait_until(lambda: last_epoch(training, first) >= 12, 60, "some epochs")
         first.send(signal.SIGTERM)
         assert first.wait(20) == 0

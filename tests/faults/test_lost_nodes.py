@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,29 @@ def test_the_text_is_the_same_when_a_node_is_frozen(
         found_s = config.stall_s + config.ping_timeout_s
         assert_stalled(model.last_stats, 1, found_s + QUICK_STALL_S)
         assert model.last_stats.stall_s >= config.ping_timeout_s
+
+
+@pytest.mark.parametrize("action", ["SIGKILL", "refuse"])
+def test_all_whose_steps_share_a_nodes_batches_go_on_elsewhere_when_it_is_lost(
+    action: str, victims: Victims, nodes: LocalSwarm, reference: Reference, tiny_path: Path
+) -> None:
+    """Six generations of two clients, half done."""
+    texts = [f"{prompt} number {number}" for number, prompt in enumerate([*PROMPTS, *PROMPTS])]
+    at_step = len(texts) * NUM_TOKENS // 2
+    (victim,) = victims.start("0:2", fault={"action": action, "at_step": at_step})
+    with client_of(nodes, tiny_path) as one, client_of(nodes, tiny_path) as other:
+        models = [client.model() for client in (one, other)]
+        with ThreadPoolExecutor(len(texts)) as pool:
+            ours = list(pool.map(reference.generate, models * (len(texts) // 2), texts))
+        assert all(
+            torch.equal(text, reference.generate(reference.local, own)) for text, own in zip(ours, texts, strict=True)
+        )
+        # Nobody was blamed for what another's session lost.
+        for model in models:
+            reference.assert_same(model)
+            assert model.last_stats.num_reroutes == 0
+    event = victims.assert_fired(victim, action, at_step)
+    assert event["sessions"] > 1 and event["batched"] > event["batches"] > 0, "they shared batches"
 
 
 def test_a_frozen_node_that_wakes_up_serves_again(

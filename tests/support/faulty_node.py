@@ -112,7 +112,8 @@ class FaultyService(service.NodeService):
         await super().handle(stream)
 
     async def _step(self, session: Any, request: Any, tensors: list[torch.Tensor]) -> Any:
-        action = fault.count("step", position=request.position, hop=str(session.hop))
+        shared = {"batches": self._steps.num_batches, "batched": self._steps.num_batched}
+        action = fault.count("step", position=request.position, hop=str(session.hop), **shared)
         answer = super()._step
         return await _misbehave(action, lambda: answer(session, request, tensors))
 

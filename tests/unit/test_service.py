@@ -38,6 +38,7 @@ class Stream:
         self.peer_id = peer_id
         self.requests: asyncio.Queue[bytes | None] = asyncio.Queue()
         self.replies: asyncio.Queue[tuple[node_pb2.Reply, list[Tensor]]] = asyncio.Queue()
+        self.pinged, self.pong = asyncio.Event(), asyncio.Event()
 
     async def receive(self) -> bytes | None:
         return await self.requests.get()
@@ -48,6 +49,11 @@ class Stream:
 
     def accept_messages_of(self, message_bytes: int) -> None:
         assert message_bytes > 0
+
+    async def ping(self, timeout_s: float) -> float:
+        self.pinged.set()
+        await self.pong.wait()
+        return timeout_s
 
     async def fail(self, reason: str) -> None:
         raise AssertionError(reason)
@@ -241,3 +247,26 @@ async def test_peers_that_come_and_go_share_batches_and_what_they_have_in_common
             _, (output,) = await peer.hear()
             assert_close(output, (await service.expected(engine, torch.cat([prompt, hidden(1, seed)], dim=1)))[:, -1:])
         assert service.steps.num_batches == 3
+
+
+async def test_a_node_that_leaves_waits_until_its_last_answer_is_with_the_peer(engine: StepEngine) -> None:
+    """A pong comes behind all answers: what p2pd has not passed on when it ends is lost."""
+    async with service_of(engine) as service:
+        peer, fields = Peer(0, "one"), {"version": own_version(), "start": SPAN.start, "end": SPAN.end}
+        task = asyncio.create_task(service.service.handle(peer.stream))
+        opening = node_pb2.OpenMicrobatches(model_digest=DIGEST, block_digests=BLOCK_DIGESTS, **fields)
+        peer.say(node_pb2.Request(open_microbatches=opening))
+        assert (await peer.hear())[0].WhichOneof("kind") == "microbatches_opened"
+        forward = node_pb2.Forward(microbatch_id=b"i" * 16, wants_gradients=True)
+        peer.say(node_pb2.Request(forward=forward), [hidden(3)])
+        assert (await peer.hear())[0].forward.is_stashed
+        drained = asyncio.create_task(service.service.drain(30, asyncio.Event()))
+        peer.say(node_pb2.Request(backward=node_pb2.Backward(microbatch_id=b"i" * 16)), [hidden(3)])
+        assert (await peer.hear())[0].backward.was_stashed
+        async with asyncio.timeout(30):
+            await peer.stream.pinged.wait()
+            assert not drained.done()
+            peer.stream.pong.set()
+            await drained
+            peer.stream.requests.put_nowait(None)
+            await task
