@@ -171,7 +171,7 @@ def _traced(blocks: _RaggedBlocks, example: tuple[Tensor, Tensor]) -> Callable[[
     # All else that the function reads becomes a constant of its graph. Weights must not: what the graph could make of them beforehand
     # it would, and keep, and packed ones cannot be constants at all.
     tensors = {id(tensor): tensor for tensor in (*blocks.parameters(), *blocks.buffers())}
-    weights = [tensor for tensor in tensors.values() if tensor.numel() > _MOST_CONSTANT]
+    weights = [tensor for tensor in tensors.values() if tensor.is_mkldnn or tensor.numel() > _MOST_CONSTANT]
 
     def compute(hidden_1NH: Tensor, positions_1N: Tensor, *_: Tensor) -> Tensor:
         output: Tensor = blocks(hidden_1NH, positions_1N)

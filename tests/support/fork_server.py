@@ -41,6 +41,8 @@ MODULES = (
     "psutil",
     "pyarrow",
     "pyarrow.parquet",
+    "sympy",  # which torch imports when a model is made without memory
+    "torch.fx.experimental.symbolic_shapes",
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
