@@ -59,7 +59,8 @@ class TrainableStage:
             hold_casts(self.model, self.parameters.parameters, self.parameters.hold)
         self.model.note_weights()
         return_freed_memory()
-        keep_freed_memory()
+        if spec.lora is None:  # gradients as large as the blocks
+            keep_freed_memory()
 
     @property
     def hidden_size(self) -> int:

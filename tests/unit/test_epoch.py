@@ -50,7 +50,7 @@ from swarm.epoch.messages import (
 from swarm.run_orders import Orders
 from tests.support.epoch_simulation import START, Faults, SimulatedCourse, World, run_schedule
 
-NUM_SCHEDULES = 2000
+NUM_SCHEDULES = 800
 FAULTS_THAT_MUST_FIRE = (
     "order",
     "commits with new orders",
