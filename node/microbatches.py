@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +77,6 @@ class Microbatches:
         # A message holds the input again beside the gradient, both fp32 at worst, and mask and positions.
         self._bytes_per_token = 2 * shard.hidden_size * 4 + 9
         self._max_tokens = max(1, min(limits.max_tokens, MAX_MESSAGE_BYTES // self._bytes_per_token))
-        self._streams: Counter[str] = Counter()
         self._open: set[FramedStream] = set()
         self._num_running = 0
         self._changed = asyncio.Event()
@@ -87,12 +85,12 @@ class Microbatches:
         """Admit a stream. Raises Refused."""
         if self.leaving:
             raise Refused(node_pb2.THIS_NODE_IS_LEAVING, "this node shuts down; use another")
-        if self._streams[stream.peer_id] >= MAX_STREAMS_PER_PEER or self._streams.total() >= MAX_STREAMS:
+        num_own = self._num_open(stream.peer_id)
+        if num_own >= MAX_STREAMS_PER_PEER or len(self._open) >= MAX_STREAMS:
             raise Refused(
                 node_pb2.THIS_NODE_HAS_NO_ROOM,
-                f"{self._streams.total()} streams for microbatches are open, {self._streams[stream.peer_id]} of them yours; close some",
+                f"{len(self._open)} streams for microbatches are open, {num_own} of them yours; close some",
             )
-        self._streams[stream.peer_id] += 1
         self._open.add(stream)
         stream.accept_messages_of(self._max_tokens * self._bytes_per_token + MAX_HEADER_BYTES)
         opened = node_pb2.MicrobatchesOpened(
@@ -105,12 +103,13 @@ class Microbatches:
 
     def close(self, stream: FramedStream) -> None:
         """A stream that was admitted has ended; with the peer's last one, what is kept for it goes."""
-        self._streams[stream.peer_id] -= 1
-        self._open.discard(stream)
-        if not self._streams[stream.peer_id]:
-            del self._streams[stream.peer_id]
+        self._open.remove(stream)
+        if not self._num_open(stream.peer_id):
             self.stash.drop_peer(stream.peer_id)
             self._changed.set()
+
+    def _num_open(self, peer_id: str) -> int:
+        return sum(stream.peer_id == peer_id for stream in self._open)
 
     async def wait_until_idle(self) -> None:
         """Until nothing runs, no microbatch waits for its backward, and the peers have all answers."""

@@ -17,9 +17,8 @@ def return_freed_memory() -> None:
 
 def share_one_arena() -> None:
     """Let all threads take memory from one place, which keep_freed_memory needs. To be called before there are other threads."""
-    _tell(
-        {_M_ARENA_MAX: 1}
-    )  # a further arena has heaps of 64 MB at most: what is larger would come from the system each time
+    # A further arena has heaps of 64 MB at most: what is larger would come from the system each time.
+    _tell({_M_ARENA_MAX: 1})
 
 
 def keep_freed_memory() -> None:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from node.backend.span_model import SpanModel
+from swarm.linears.choice import ROWS_TRIED, relative_error
 from swarm.linears.frozen import FrozenLinear, PrepackedLinear, join
 
 log = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.bfloat16: 0.02, torch.float32: 1e-5}
 """Of the largest output. The same products may be added in another order."""
-_ROWS_TRIED = (1, 3, 72)
 
 
 def merge_linears(model: SpanModel) -> None:
@@ -73,10 +73,10 @@ def _given_the_same(model: SpanModel, modules: dict[str, PrepackedLinear]) -> li
 def _computes_the_same(whole: FrozenLinear, linears: Sequence[FrozenLinear]) -> bool:
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
-        for rows in _ROWS_TRIED:
+        for rows in ROWS_TRIED:
             given = torch.randn(rows, whole.in_features, generator=generator).to(whole.dtype)
             expected = torch.cat([linear(given) for linear in linears], dim=1).float()
-            error = float((whole(given).float() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+            error = relative_error(whole(given), expected)
             if not error <= _TOLERANCE[whole.dtype]:
                 log.warning("linears not merged: off by %.1e, outputs=%d", error, whole.out_features)
                 return False

@@ -16,7 +16,7 @@ from swarm.linears.quantize import Codes, Int8Codes
 log = logging.getLogger(__name__)
 
 # Below, between and above the numbers of rows at which linears change how they compute.
-_ROWS_TRIED = (1, 3, 72)
+ROWS_TRIED = (1, 3, 72)
 # Of the largest value: an output in bf16 is off by 2^-9 of its own, widened weights by as much of each. A wrong scale, order or
 # group is off by some tenths or more.
 _TOLERANCE = {torch.bfloat16: 0.03, torch.float32: 3e-5}
@@ -101,20 +101,21 @@ def largest_error(linear: FrozenLinear, weight_OI: Tensor) -> float:
     bias = 0 if linear.bias is None else linear.bias.float()
     errors = []
     with torch.enable_grad():
-        for rows in _ROWS_TRIED:
+        for rows in ROWS_TRIED:
             given = torch.randn(1, rows, linear.in_features, generator=generator).to(linear.dtype).requires_grad_()
             gradient = torch.randn(1, rows, linear.out_features, generator=generator).to(linear.dtype)
             output = linear(given)
             output.backward(gradient)
             assert given.grad is not None
-            errors.append(_distance(output.detach(), given.detach().float() @ weight_OI.t() + bias))
-            errors.append(_distance(given.grad, gradient.float() @ weight_OI))
+            errors.append(relative_error(output.detach(), given.detach().float() @ weight_OI.t() + bias))
+            errors.append(relative_error(given.grad, gradient.float() @ weight_OI))
             with torch.no_grad():
-                errors.append(_distance(linear(given.detach()), output.detach().float()))
+                errors.append(relative_error(linear(given.detach()), output.detach().float()))
     return max(error if error == error else float("inf") for error in errors)
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, as part of the largest value; infinite if the shapes differ."""
     if found.shape != expected.shape:
         return float("inf")
     return float((found.float() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
